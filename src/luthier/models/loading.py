@@ -1,0 +1,192 @@
+"""Models and tokenizers by embedded name, local folder, GGUF file or hub id, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier.data.render import PLAIN_TEMPLATE, end_of_turn_ids
+from luthier.errors import UserError
+from luthier.models.catalogue import CATALOGUE, embedded_model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def resolve_model(name: str | Path) -> str:
+    """The folder, GGUF file or hub id that stands behind a model's name.
+
+    Raises:
+        UserError: a path that does not exist or holds no model.
+    """
+    text = str(name)
+    if text in CATALOGUE:
+        return str(embedded_model_folder(text))
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (path / "adapter_config.json").is_file()
+            raise UserError(
+                f"{text!r} holds " + ("an adapter, not a model" if adapter else "no config.json"),
+                where="model.name",
+                remedy="merge the adapter first (`luthier merge`)" if adapter else "name a folder that holds a model",
+            )
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{text!r} is a file", where="model.name", remedy="name its folder, or a .gguf file")
+        return str(path)
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"there is no folder {text!r}", where="model.name", remedy="check the path")
+    return text
+
+
+def training_dtype(choice: str = "auto", device: torch.device | None = None) -> torch.dtype:
+    """The precision to train in: ``auto`` takes bfloat16 where the hardware has instructions for it.
+
+    On CPUs those are AVX512-BF16 or AMX: without them a bfloat16 product is several times slower than float32.
+    """
+    if choice != "auto":
+        dtype: torch.dtype = getattr(torch, choice)
+        return dtype
+    if device is not None and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device is not None and device.type != "cpu":
+        return torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_tokenizer(
+    name: str | Path, *, revision: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, with a chat template: its own, the file named, or a documented plain format.
+
+    Raises:
+        UserError: nothing is found under that name, or the template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    place, options = _place(resolve_model(name), revision)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"the chat template {chat_template!r} cannot be read: {error.strerror}",
+                where="model.chat_template",
+                remedy="name a Jinja file",
+            ) from None
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.pad_token is None:
+        # Padding is masked everywhere; which token stands there does not matter.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
+    """A causal language model, in eval mode.
+
+    Args:
+        name: embedded name, folder, GGUF file or hub id.
+        dtype: precision of the weights; None: as stored.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        UserError: nothing is found under that name, or its files are incomplete.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
+
+    place, options = _place(resolve_model(name), revision)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with _explained(name):
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **options)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+    model.name_or_path = str(name)
+    return model.eval()
+
+
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Make generation stop where an answer ends; the ids that were missing are returned.
+
+    A model whose generation config lacks the template's end-of-turn talks on after its answer once served.
+    """
+    config = model.generation_config
+    assert config is not None
+    eos = config.eos_token_id
+    known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    missing = [i for i in end_of_turn_ids(tokenizer) if i not in known]
+    if missing:
+        config.eos_token_id = known + missing
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return missing
+
+
+def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
+    """Add tokens to the vocabulary and rows for them to the embeddings; returns the ids of those that are new.
+
+    New rows start as the mean of the pieces their text had before, so that they begin with a meaning.
+    """
+    pieces = {t: tokenizer(t, add_special_tokens=False).input_ids for t in tokens if t not in tokenizer.get_vocab()}
+    if not pieces:
+        return []
+    tokenizer.add_tokens(list(pieces))
+    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(pieces))]
+    if max(ids) >= len(_embedding_weights(model)[0]):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        for weight in _embedding_weights(model):
+            for token_id, old in zip(ids, pieces.values(), strict=True):
+                weight[token_id] = weight[old].float().mean(0).to(weight.dtype)
+    return ids
+
+
+def _embedding_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """``[V, D]`` of the input embeddings and of the output head, once where they are tied."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return list({id(layer.weight): layer.weight for layer in layers if layer is not None}.values())
+
+
+def _place(resolved: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    path = Path(resolved)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return resolved, {} if revision is None or path.is_dir() else {"revision": revision}
+
+
+class _explained:
+    """Turns the many ways in which a model fails to load into one clear message."""
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = str(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(self.name).expanduser().exists() or self.name in CATALOGUE:
+            remedy = "check that the folder holds a whole model: config.json, weights and tokenizer.json"
+        else:
+            offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+            remedy = (
+                f"known embedded models: {', '.join(CATALOGUE)}; a local folder must exist; a hub id needs a network"
+                + (" (HF_HUB_OFFLINE=1 is set)" if offline else "")
+            )
+        raise UserError(f"model {self.name!r} cannot be loaded: {first}", where="model.name", remedy=remedy) from error

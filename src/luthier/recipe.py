@@ -1,0 +1,410 @@
+"""Recipe: the one typed configuration of a run.
+
+A recipe is YAML. Every field has a default, a type and a one-line description; an unknown key is an error that
+names the nearest right one. Training arguments have Hugging Face's names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from rapidfuzz import process
+
+from luthier.errors import UserError, shorten
+
+
+class Section(BaseModel):
+    """A group of recipe fields; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    name: str = "smollm2"
+    """An embedded model's name (`luthier models`), a local folder, a GGUF file or a Hugging Face hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the weights while training; auto: bfloat16 where the hardware multiplies it fast, else float32."""
+    batching: Literal["auto", "packed", "padded"] = "auto"
+    """How examples share a batch: packed end to end without padding, or right-padded; auto: packed where the model
+    proves that it can."""
+    chat_template: str | None = None
+    """A Jinja file to use in place of the model's own chat template."""
+    added_tokens: list[str] = Field(default_factory=list)
+    """New tokens to add to the vocabulary and train."""
+
+
+class Columns(Section):
+    """Which column of the file holds what. Leave all empty to have the format recognised."""
+
+    prompt: str | None = None
+    """Column of the prompt or question."""
+    input: str | None = None
+    """Column of further input that follows the prompt (Alpaca's `input`)."""
+    response: str | None = None
+    """Column of the answer."""
+    system: str | None = None
+    """Column of the system message."""
+    messages: str | None = None
+    """Column of a list of turns (OpenAI's `messages`, ShareGPT's `conversations`)."""
+    tools: str | None = None
+    """Column of the tools' JSON schemas."""
+    text: str | None = None
+    """Column of plain text, all of which is trained."""
+    label: str | None = None
+    """Column of the class."""
+    references: str | None = None
+    """Column of further right answers (a list), used by evaluation alone."""
+
+
+class Source(Section):
+    path: str
+    """The file: .json, .jsonl, .csv, .tsv or .parquet."""
+    columns: Columns | None = None
+    """This file's own column mapping, where it differs from data.columns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class Split(Section):
+    """Shares taken from the training file for the parts that have no file of their own."""
+
+    validation: float = Field(0.1, ge=0, lt=1)
+    """Share of rows kept for validation where data.validation names no file."""
+    test: float = Field(0.1, ge=0, lt=1)
+    """Share of rows kept for the final evaluation where data.test names no file."""
+
+    @model_validator(mode="after")
+    def _leaves_training_rows(self) -> Split:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together leave no row to train on")
+        return self
+
+
+def _as_list(value: Any) -> Any:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+class DataSection(Section):
+    train: list[Source] = Field(default_factory=list)
+    """Files to train on."""
+    validation: list[Source] = Field(default_factory=list)
+    """Files to validate on during training."""
+    test: list[Source] = Field(default_factory=list)
+    """Files for the final evaluation, never seen in training."""
+    columns: Columns = Field(default_factory=Columns)
+    """Which column holds what; empty: recognised."""
+    split: Split = Field(default_factory=Split)
+    """Shares for the parts without a file of their own."""
+    system: str | None = None
+    """A system message for every row that has none."""
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    """Which tokens are trained: every assistant turn, the last one alone, or the whole text."""
+    max_length: int | None = Field(2048, ge=8)
+    """Longest example, in tokens."""
+    truncation: Literal["reject", "cut", "split"] = "reject"
+    """What happens to longer ones: refused and listed; cut at max_length (the answer's end is lost); or, for plain
+    text alone, split into pieces of max_length."""
+    special_tokens_in_text: Literal["reject", "allow"] = "reject"
+    """What happens to rows whose text holds the model's control tokens (such as <|im_end|>), which would be read as
+    control."""
+    on_error: Literal["reject", "raise"] = "reject"
+    """A bad row is refused, counted and listed in rejects.jsonl; or stops the run."""
+    max_rejected_share: float = Field(0.01, ge=0, le=1)
+    """A larger share of refused rows stops the run (one row is always allowed)."""
+    shuffle: bool = True
+    """Train in a new seeded order each epoch; false: in the file's order."""
+    max_examples: int | None = Field(None, ge=1)
+    """Train on the first so many rows after shuffling: to try a small slice before the whole."""
+
+    _listed = field_validator("train", "validation", "test", mode="before")(_as_list)
+
+
+class FullMethod(Section):
+    name: Literal["full"] = "full"
+    """Trains every parameter."""
+
+
+class LoraMethod(Section):
+    name: Literal["lora"] = "lora"
+    """Trains low-rank matrices beside frozen weights (Hu et al., 2021, arXiv:2106.09685)."""
+    r: int = Field(8, ge=1)
+    """Rank of the matrices."""
+    lora_alpha: float = Field(32, gt=0)
+    """Scale: the update is (lora_alpha / r) · B·A."""
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the input of the low-rank path."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers get matrices: all-linear (all but the output head) or a list of names."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Layers trained and saved whole beside the matrices, for example embed_tokens."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
+
+
+Method = Annotated[Union[LoraMethod, FullMethod], Field(discriminator="name")]  # noqa: UP007
+
+
+class TrainingSection(Section):
+    num_train_epochs: float = Field(3.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int = Field(-1, ge=-1)
+    """Optimiser steps in all; -1: as the epochs say."""
+    per_device_train_batch_size: int = Field(4, ge=1)
+    """Examples in one forward pass."""
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    """Examples in one forward pass of validation."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes in one optimiser step."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate; empty: the method's default (LoRA 2e-4, full 2e-5)."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of warm-up; where above zero it wins over warmup_ratio."""
+    weight_decay: float | None = Field(None, ge=0)
+    """AdamW's decay of matrices (never of norms and biases); empty: the method's default (LoRA 0, full 0.01)."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first moment decay."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's second moment decay."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's denominator offset."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0: never."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third slower, far less memory."""
+    logging_steps: int = Field(1, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between validations; empty: ten times a run, and at its end."""
+    save_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; empty: at every validation."""
+    save_total_limit: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best one is kept besides."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after so many validations without a better loss."""
+    load_best_model_at_end: bool = True
+    """Save the weights of the best validation, not the last ones."""
+    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    """Trackers of Accelerate: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio."""
+
+    _listed = field_validator("report_to", mode="before")(_as_list)
+
+
+class EvaluationSection(Section):
+    enabled: bool = True
+    """Compare base and tuned on the test rows after training."""
+    max_examples: int | None = Field(200, ge=1)
+    """Test rows to generate answers for; empty: all."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer, in tokens."""
+    batch_size: int = Field(16, ge=1)
+    """Prompts answered at once."""
+    samples: int = Field(3, ge=0)
+    """Answers shown side by side."""
+
+
+class DeploymentSection(Section):
+    merge: bool = False
+    """Merge the adapter into the base after training, behind the parity gate, into OUTPUT_DIR/merged."""
+
+
+class Recipe(Section):
+    """Everything a run needs."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    """The model to tune."""
+    data: DataSection = Field(default_factory=DataSection)
+    """The examples."""
+    method: Method = Field(default_factory=LoraMethod)
+    """How the model is changed."""
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    """The training loop; Hugging Face's names."""
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    """The comparison after training."""
+    deployment: DeploymentSection = Field(default_factory=DeploymentSection)
+    """What is made of the tuned model."""
+    output_dir: str = "runs/luthier"
+    """The run folder."""
+    seed: int = Field(42, ge=0)
+    """Seed of the split, the order of examples, dropout and initial adapter weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        """``method: lora`` is short for ``method: {name: lora}``; the name may be left out for LoRA."""
+        if isinstance(value, dict) and "method" in value:
+            method = value["method"]
+            if isinstance(method, str):
+                value = {**value, "method": {"name": method}}
+            elif isinstance(method, dict) and "name" not in method:
+                value = {**value, "method": {"name": "lora", **method}}
+        return value
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a YAML recipe, apply ``key=value`` overrides and check it. Relative paths of data files are taken
+        from the recipe's own folder.
+
+        Raises:
+            UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            raise UserError(
+                f"recipe {str(path)!r} does not exist", remedy="write one with `luthier init DATA`"
+            ) from None
+        except IsADirectoryError:
+            raise UserError(f"{str(path)!r} is a folder, not a recipe", remedy="name a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}" if mark else str(path)
+            raise UserError(
+                f"not valid YAML: {getattr(error, 'problem', error)}", where=where, remedy="mend this line"
+            ) from None
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            raise UserError(
+                f"a recipe must be a mapping of sections, not {type(content).__name__}",
+                where=str(path),
+                remedy="start from `luthier init DATA`",
+            )
+        recipe = cls.from_dict(apply_overrides(content, overrides), where=str(path))
+        return recipe.with_paths_from(path.parent)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str | None = None) -> Recipe:
+        """Check a mapping of sections.
+
+        Raises:
+            UserError: a key is unknown or a value has the wrong type.
+        """
+        try:
+            return cls.model_validate(dict(content))
+        except ValidationError as error:
+            raise _explain(error, where) from None
+
+    def with_paths_from(self, folder: Path) -> Recipe:
+        """A copy whose relative data and template paths start at ``folder``."""
+        recipe = self.model_copy(deep=True)
+        for source in (*recipe.data.train, *recipe.data.validation, *recipe.data.test):
+            source.path = _anchored(source.path, folder)
+        if recipe.model.chat_template:
+            recipe.model.chat_template = _anchored(recipe.model.chat_template, folder)
+        if (folder / recipe.model.name).is_dir() and not Path(recipe.model.name).is_absolute():
+            recipe.model.name = str(folder / recipe.model.name)
+        return recipe
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _anchored(path: str, folder: Path) -> str:
+    expanded = Path(path).expanduser()
+    return str(expanded if expanded.is_absolute() else folder / expanded)
+
+
+def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """``section.key=value`` pairs laid over a recipe's content; values are read as YAML.
+
+    Raises:
+        UserError: a pair has no ``=`` or walks through a value that is no section.
+    """
+    content = json.loads(json.dumps(content, default=str))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"override {override!r} is not of the form key=value",
+                remedy="for example training.learning_rate=1e-4",
+            )
+        node = content
+        *sections, last = key.strip().split(".")
+        for section in sections:
+            child = node.setdefault(section, {})
+            if isinstance(child, str) and section == "method":
+                child = node[section] = {"name": child}
+            if not isinstance(child, dict):
+                raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+            node = child
+        node[last] = _scalar(text)
+    return content
+
+
+def _scalar(text: str) -> Any:
+    """A value from the command line as YAML reads it, and `1e-4` as the number it is (YAML 1.1 wants `1.0e-4`)."""
+    try:
+        return float(text) if "e" in text.lower() and not text.isalpha() else yaml.safe_load(text)
+    except ValueError:
+        return text if ":" in text else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _explain(error: ValidationError, where: str | None) -> UserError:
+    """The first few problems of a recipe, each named with its key, its value and the nearest right key."""
+    problems: list[str] = []
+    for item in error.errors()[:5]:
+        # Discriminated unions put their tag into the path; it is no key of the file.
+        location = [str(part) for part in item["loc"] if part not in ("lora", "full")]
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            near = _nearest(location)
+            hint = f"; did you mean {near!r}?" if near else ""
+            problems.append(f"unknown key {key!r}{hint}")
+        elif item["type"] == "union_tag_invalid":
+            problems.append(f"{key}.name: unknown method {shorten(item['input'].get('name'))}; known: lora, full")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{key or 'recipe'}: {message[:1].lower()}{message[1:]} (got {shorten(item['input'])})")
+    more = error.error_count() - len(problems)
+    what = "; ".join(problems) + (f"; and {more} more" if more > 0 else "")
+    return UserError(what, where=where, remedy="mend the recipe; its reference is docs/recipe.md")
+
+
+def _nearest(location: list[str]) -> str | None:
+    """The known key closest to an unknown one: in its own section first, then anywhere."""
+    keys = list(known_keys())
+    prefix = ".".join(location[:-1])
+    siblings = [k for k in keys if k.rpartition(".")[0] == prefix]
+    for candidates, cutoff in ((siblings, 60), (keys, 75)):
+        names = {k: k.rpartition(".")[2] for k in candidates}
+        found = process.extractOne(location[-1], names, score_cutoff=cutoff)
+        if found:
+            return str(found[2])
+    return None
+
+
+def known_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterable[str]:
+    """Dotted names of every recipe field."""
+    for name, info in section.model_fields.items():
+        yield prefix + name
+        for kind in _sections_of(info.annotation):
+            yield from known_keys(kind, f"{prefix}{name}.")
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Section) else []
+    found: list[type[Section]] = []
+    for part in getattr(annotation, "__args__", ()):
+        found.extend(_sections_of(part))
+    return found

@@ -1,0 +1,219 @@
+"""Checkpoints that can be trusted: written aside, hashed, flushed to disk and renamed when whole.
+
+A checkpoint folder ``checkpoints/step-N`` holds ``weights.safetensors`` (float32 masters of the trained parameters),
+``optimizer.safetensors`` and ``state.json`` with the SHA-256 of both. No pickle. The order of samples and all random
+numbers follow from the seed and the step, so nothing else is needed to go on bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.errors import UserError
+
+FORMAT = 1
+_FILES = ("weights.safetensors", "optimizer.safetensors")
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Where a run stands."""
+
+    step: int = 0
+    """optimiser steps done"""
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations_without_gain: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    course: dict[str, Any] = field(default_factory=dict)
+    """what shapes the course of training: settings and the hash of the training rows; a run goes on only with the
+    same ones"""
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole."""
+
+    path: Path
+    state: TrainState
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: ``RUN/checkpoints``; made when the first is saved.
+        keep: newest ones kept; the best one is kept besides.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, state: TrainState, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> Path:
+        """Write a checkpoint; the older ones stay until it is whole.
+
+        Raises:
+            UserError: the disk is full or cannot be written; the checkpoints there were stay.
+        """
+        target = self.folder / f"step-{state.step}"
+        aside = self.folder / f".writing-step-{state.step}"
+        with writing(target):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            try:
+                hashes: dict[str, str] = {}
+                for name, tensors in zip(_FILES, (weights, moments), strict=True):
+                    hashes[name] = _write(aside / name, _safetensors(tensors))
+                hashes["state"] = sha256_of(asdict(state))
+                record = {"format": FORMAT, "state": asdict(state), "sha256": hashes}
+                _write(aside / "state.json", [json.dumps(record, indent=1).encode()])
+                _sync_folder(aside)
+                if target.exists():
+                    shutil.rmtree(target)
+                aside.rename(target)
+                _sync_folder(self.folder)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        self._prune(state)
+        return target
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, newest first; nothing is said of whether they are whole."""
+        found = [p.name.removeprefix("step-") for p in self.folder.glob("step-*")]
+        return sorted((int(s) for s in found if s.isdigit()), reverse=True)
+
+    def load(self, step: int) -> Checkpoint:
+        """Read one checkpoint.
+
+        Raises:
+            ValueError: it is truncated, altered or of another version; the message says which file.
+        """
+        from safetensors.torch import load
+
+        path = self.folder / f"step-{step}"
+        try:
+            record = json.loads((path / "state.json").read_bytes())
+            if record["format"] != FORMAT:
+                raise ValueError(f"{path}: written by another version (format {record['format']})")
+            if sha256_of(record["state"]) != record["sha256"]["state"]:
+                raise ValueError(f"{path / 'state.json'}: altered (its SHA-256 is not the recorded one)")
+            tensors: list[dict[str, torch.Tensor]] = []
+            for name in _FILES:
+                content = (path / name).read_bytes()
+                if hashlib.sha256(content).hexdigest() != record["sha256"][name]:
+                    raise ValueError(f"{path / name}: truncated or altered (its SHA-256 is not the recorded one)")
+                tensors.append(load(content))
+            state = TrainState(**record["state"])
+        except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: incomplete ({error})") from error
+        if state.step != step:
+            raise ValueError(f"{path}: holds step {state.step}")
+        return Checkpoint(path, state, *tensors)
+
+    def newest(self, refused: list[str]) -> Checkpoint | None:
+        """The newest checkpoint that is whole; what was wrong with newer ones is added to ``refused``."""
+        for step in self.steps():
+            try:
+                return self.load(step)
+            except ValueError as error:
+                refused.append(str(error))
+        return None
+
+    def _prune(self, state: TrainState) -> None:
+        for step in self.steps()[self.keep :]:
+            if step != state.best_step:
+                shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+        for leftover in self.folder.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn a failing disk into a clear message.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"the disk is full ({error.strerror}); what was saved before is intact",
+                where=str(target),
+                remedy="free some space, then go on with --resume",
+            ) from None
+        raise UserError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(target),
+            remedy="check the folder's permissions and the disk",
+        ) from None
+
+
+def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """Tensors in the safetensors format, piece by piece.
+
+    The library's `save` holds a second copy of everything, and its `save_file` hides a full disk behind an error of
+    its own; the format is a length, a JSON header and the bytes.
+    """
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write and flush to disk; returns the SHA-256 of what was written."""
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for piece in pieces:
+            stream.write(piece)
+            digest.update(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power cut; some file systems cannot, which is no error."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

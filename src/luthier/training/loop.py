@@ -1,0 +1,415 @@
+"""The training loop. It reads from top to bottom: set up, then step, validate, save, until done."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from luthier.data.batch import Order
+from luthier.data.encode import EncodedExample
+from luthier.errors import UserError
+from luthier.methods.base import TuningMethod, trainable_parameters
+from luthier.recipe import Recipe
+from luthier.training.checkpoint import Checkpoints, TrainState
+from luthier.training.loss import LossFunction
+from luthier.training.optimiser import MasterAdamW, learning_rate_factor
+from luthier.training.progress import Reporter, Silent
+from luthier.training.runlog import MetricsLog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Settings that may change between an interruption and its resumption without changing the weights that come out.
+_FREE = {
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "per_device_eval_batch_size",
+    "load_best_model_at_end",
+}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C or SIGTERM), saved a checkpoint and left."""
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; saved {checkpoint}")
+        self.number = number
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the settings come to for this many rows."""
+
+    steps: int
+    steps_per_epoch: int
+    warmup: int
+    eval_steps: int
+    save_steps: int
+    learning_rate: float
+    weight_decay: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, method: TuningMethod, rows: int, processes: int = 1) -> Plan:
+        """Steps, warm-up and intervals for ``rows`` training rows on ``processes`` processes."""
+        settings = recipe.training
+        per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * processes
+        per_epoch = -(-rows // per_step)
+        steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
+        eval_steps = settings.eval_steps or max(1, math.ceil(steps / 10))
+        return cls(
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            warmup=settings.warmup_steps or math.ceil(settings.warmup_ratio * steps),
+            eval_steps=eval_steps,
+            save_steps=settings.save_steps or eval_steps,
+            learning_rate=method.learning_rate if settings.learning_rate is None else settings.learning_rate,
+            weight_decay=method.weight_decay if settings.weight_decay is None else settings.weight_decay,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    state: TrainState
+    plan: Plan
+    stopped: str
+    """``finished`` or ``early stopping``"""
+    first_eval_loss: float | None
+    last_loss: float
+
+
+class Trainer:
+    """Trains a wrapped model on encoded rows.
+
+    Args:
+        model: wrapped by its method: the parameters that require gradients are trained.
+        loss_function: how its loss is computed.
+        method: for its default learning rate and weight decay.
+        recipe: training settings and seed.
+        train_rows: rows to train on.
+        validation_rows: rows to validate on; may be empty.
+        run_dir: the run folder.
+        accelerator: devices, processes and trackers.
+        reporter: is told of the course.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_function: LossFunction,
+        method: TuningMethod,
+        recipe: Recipe,
+        train_rows: Sequence[EncodedExample],
+        validation_rows: Sequence[EncodedExample],
+        run_dir: Path,
+        accelerator: Accelerator,
+        reporter: Reporter | None = None,
+    ) -> None:
+        settings = recipe.training
+        self.accelerator = accelerator
+        self.model = model.to(accelerator.device)
+        self.loss_function = loss_function
+        self.recipe = recipe
+        self.settings = settings
+        self.train_rows = train_rows
+        self.validation_rows = validation_rows
+        self.run_dir = run_dir
+        self.reporter: Reporter = reporter if reporter is not None and accelerator.is_main_process else Silent()
+        self.plan = Plan.of(recipe, method, len(train_rows), accelerator.num_processes)
+        self.order = Order(
+            len(train_rows),
+            batch_size=settings.per_device_train_batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            processes=accelerator.num_processes,
+            seed=recipe.seed,
+            shuffle=recipe.data.shuffle,
+        )
+        self.optimiser = MasterAdamW(
+            trainable_parameters(model),
+            lr=self.plan.learning_rate,
+            weight_decay=self.plan.weight_decay,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+        )
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.save_total_limit)
+        self.state = TrainState(course=self._course())
+        self._signal: int | None = None
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+
+    def run(self, *, resume: bool = False) -> Outcome:
+        """Train to the end, or go on from the newest whole checkpoint.
+
+        Raises:
+            UserError: the loss is no longer a number, the disk is full, or the checkpoint is of another run.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+        """
+        if resume:
+            self._resume()
+        main = self.accelerator.is_main_process
+        log = (
+            MetricsLog(self.run_dir / "metrics.jsonl", resume_step=self.state.step if resume else None)
+            if main
+            else None
+        )
+        self._log = log
+        stopped = "finished"
+        first_eval, loss = None, math.nan
+        restore = self._catch_signals()
+        self.reporter.start(self.plan.steps, self.state.step)
+        try:
+            if self.state.step == 0 and self.validation_rows:
+                first_eval = self._validate()
+            while self.state.step < self.plan.steps:
+                loss = self._step()
+                step = self.state.step
+                last = step == self.plan.steps
+                if self.validation_rows and (step % self.plan.eval_steps == 0 or last):
+                    self._validate()
+                    patience = self.settings.early_stopping_patience
+                    if patience is not None and self.state.evaluations_without_gain >= patience:
+                        stopped = "early stopping"
+                if step % self.plan.save_steps == 0 or last or stopped != "finished" or self._signal is not None:
+                    self._save()
+                if self._signal is not None and not last:
+                    raise Interrupted(self._signal, self.checkpoints.folder / f"step-{step}")
+                if stopped != "finished":
+                    break
+            self._take_best()
+        finally:
+            self.reporter.stop()
+            restore()
+            self.optimiser.close()
+            if log is not None:
+                log.close()
+        return Outcome(self.state, self.plan, stopped, first_eval, loss)
+
+    def _step(self) -> float:
+        """One optimiser step; returns its loss, the mean over all trained tokens of all its forward passes."""
+        began = time.perf_counter()
+        step = self.state.step
+        self.model.train()
+        self._seed(step)
+        micro = self.order.step(step, self.accelerator.process_index)
+        batches = [self.loss_function.batch([self.train_rows[i] for i in indices]) for indices in micro]
+        # One count for the whole step, over all forward passes and processes: each trained token weighs the same.
+        trained, tokens = self._sum([sum(b.trained_tokens for b in batches), sum(b.tokens for b in batches)])
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            loss = self.loss_function(batch.to(self.accelerator.device)) / trained
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        loss_value = self._sum([float(total)])[0]
+        if not math.isfinite(loss_value):
+            self._stop_for("loss", loss_value)
+        self._reduce_gradients()
+        norm = self.optimiser.clip(self.settings.max_grad_norm)
+        if not math.isfinite(norm):
+            self._stop_for("gradient norm", norm)
+        rate = self.plan.learning_rate * learning_rate_factor(
+            self.settings.lr_scheduler_type, step, self.plan.steps, self.plan.warmup
+        )
+        self.optimiser.step(rate)
+        seconds = time.perf_counter() - began
+        state = self.state
+        state.step += 1
+        state.tokens += int(tokens)
+        state.trained_tokens += int(trained)
+        state.seconds += seconds
+        record = {
+            "step": state.step,
+            "epoch": round(state.step / self.plan.steps_per_epoch, 4),
+            "loss": loss_value,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": int(tokens),
+            "trained_tokens": int(trained),
+            "seconds": round(seconds, 4),
+        }
+        self.reporter.step(record)
+        if state.step % self.settings.logging_steps == 0 or state.step == self.plan.steps:
+            self._record(record)
+        return loss_value
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss over the trained tokens of the validation rows; keeps track of the best."""
+        began = time.perf_counter()
+        self.model.eval()
+        mine = self.validation_rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        total, count = 0.0, 0.0
+        size = self.settings.per_device_eval_batch_size
+        for begin in range(0, len(mine), size):
+            batch = self.loss_function.batch(list(mine[begin : begin + size])).to(self.accelerator.device)
+            total += float(self.loss_function(batch))
+            count += batch.trained_tokens
+        total, count = self._sum([total, count])
+        loss = total / count
+        state = self.state
+        best = state.best_loss is None or loss < state.best_loss
+        if best:
+            state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+        else:
+            state.evaluations_without_gain += 1
+        record = {
+            "step": state.step,
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 700)),
+            "eval_trained_tokens": int(count),
+            "eval_seconds": round(time.perf_counter() - began, 4),
+            "best": best,
+        }
+        self.reporter.evaluation(record)
+        self._record(record)
+        if best and state.step and self.settings.load_best_model_at_end:
+            self._save()
+        return loss
+
+    def _save(self) -> None:
+        """A checkpoint of this step, once."""
+        if self.accelerator.is_main_process and self.state.step not in self.checkpoints.steps()[:1]:
+            self.checkpoints.save(self.state, self.optimiser.weights(), self.optimiser.moments())
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        refused: list[str] = []
+        checkpoint = self.checkpoints.newest(refused)
+        for reason in refused:
+            self.reporter.say(f"[yellow]checkpoint refused:[/yellow] {reason}")
+        if checkpoint is None:
+            self.reporter.say("no whole checkpoint to go on from; starting at step 0")
+            return
+        ours, theirs = self.state.course, checkpoint.state.course
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"the checkpoint was made with {key}={theirs.get(key)!r}, this run has {ours.get(key)!r}",
+                    where=str(checkpoint.path),
+                    remedy="resume with the same data and settings, or start a new run in another output_dir",
+                )
+        try:
+            self.optimiser.restore(checkpoint.weights, checkpoint.moments)
+        except ValueError as error:
+            raise UserError(str(error), where=str(checkpoint.path), remedy="start a new run") from None
+        self.state = checkpoint.state
+        self.reporter.say(f"going on from step {self.state.step} ({checkpoint.path})")
+
+    def _take_best(self) -> None:
+        """Leave the model with the weights of the best validation."""
+        best = self.state.best_step
+        if not self.settings.load_best_model_at_end or best is None or best == self.state.step:
+            return
+        if best == 0:
+            self.reporter.say(
+                "[yellow]no validation was better than the base model's[/yellow]; the last weights are kept"
+            )
+            return
+        self.optimiser.restore(self.checkpoints.load(best).weights)
+        self.reporter.say(f"taking the weights of step {best}, the best validation ({self.state.best_loss:.4f})")
+
+    def _stop_for(self, what: str, value: float) -> None:
+        """The weights are still those of the last good step: save them, and stop.
+
+        Raises:
+            UserError: always.
+        """
+        if self.state.step:
+            self._save()
+        good = f"the weights of step {self.state.step} are kept in {self.checkpoints.folder}"
+        raise UserError(
+            f"the {what} of step {self.state.step + 1} is {value}; "
+            + (good if self.state.step else "no step was trained"),
+            where=str(self.run_dir),
+            remedy="lower training.learning_rate, lengthen training.warmup_ratio, or look for broken rows with "
+            "`luthier check`",
+        )
+
+    def _course(self) -> dict[str, Any]:
+        settings = {k: v for k, v in self.settings.model_dump().items() if k not in _FREE}
+        return {
+            **{f"training.{k}": v for k, v in settings.items()},
+            **{f"method.{k}": v for k, v in self.recipe.method.model_dump().items()},
+            "model.name": Path(self.recipe.model.name).name,
+            "seed": self.recipe.seed,
+            "data.shuffle": self.recipe.data.shuffle,
+            "training rows (SHA-256)": rows_sha256(self.train_rows),
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(record)
+        numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float))}
+        self.accelerator.log(numbers, step=record["step"])
+
+    def _sum(self, values: list[float]) -> list[float]:
+        """Numbers added up over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        reduced: Any = self.accelerator.reduce(
+            torch.tensor(values, dtype=torch.float64, device=self.accelerator.device), "sum"
+        )
+        return [float(v) for v in reduced]
+
+    def _reduce_gradients(self) -> None:
+        """Add the float32 gradients over all processes, once a step.
+
+        Each process has divided by the whole step's count of tokens, so the sum is the gradient of the whole step.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = self.optimiser.gradients
+        flat: Any = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), "sum")
+        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def _seed(self, step: int) -> None:
+        """Random numbers of a step (dropout) follow from seed, step and process: resuming needs no saved state."""
+        words = np.random.SeedSequence([self.recipe.seed, step, self.accelerator.process_index]).generate_state(2)
+        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+    def _catch_signals(self) -> Any:
+        """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+            self.reporter.say("stopping after this step, with a checkpoint; once more to stop at once")
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        return restore
+
+
+def rows_sha256(rows: Sequence[EncodedExample]) -> str:
+    """SHA-256 of encoded rows: their ids, trained tokens and order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(row.input_ids.tobytes())
+        digest.update(row.trained.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,217 @@
+"""Cross-entropy at trained positions alone, in chunks: memory does not grow with vocabulary × length."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from luthier.data.batch import Batch, pack, pad
+from luthier.data.encode import EncodedExample
+
+# Positions whose logits exist at one time: [CHUNK, vocab] in float32 is 100 MB for a vocabulary of 49 thousand.
+CHUNK = 512
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of a linear head, gradients formed in the forward pass.
+
+    The gradient of the loss with respect to the logits is softmax − one-hot, known as soon as the logits are, so
+    they need not be kept or computed twice (the idea of Liger-Kernel's fused linear cross-entropy,
+    arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,  # [K, D]
+        weight: torch.Tensor,  # [V, D]
+        bias: torch.Tensor | None,  # [V]
+        targets: torch.Tensor,  # [K]
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+        for begin in range(0, len(targets), CHUNK):
+            rows, goal = hidden[begin : begin + CHUNK], targets[begin : begin + CHUNK]
+            logits = F.linear(rows, weight, bias).float()  # [chunk, V]
+            normaliser = logits.logsumexp(-1)
+            total += (normaliser - logits.gather(1, goal[:, None])[:, 0]).sum()
+            if not (wants_hidden or wants_weight or wants_bias):
+                continue
+            grad = logits.sub_(normaliser[:, None]).exp_()
+            grad[torch.arange(len(goal), device=goal.device), goal] -= 1
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[begin : begin + CHUNK] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.t() @ rows
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [
+            None if grad is None else (grad * grad_output).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
+        ctx.grads = (None, None, None)
+        return (*scaled, None)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum of cross-entropies of ``hidden @ weight.T + bias`` against ``targets``, in float32.
+
+    Args:
+        hidden: ``[K, D]``
+        weight: ``[V, D]``
+        bias: ``[V]`` or None
+        targets: ``[K] int64``
+    """
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)
+    return loss
+
+
+class LossFunction:
+    """The summed loss of a batch under a model, by the leanest way that the model proves to allow.
+
+    Two questions are put to the model itself, on two short rows, rather than to a table of architectures: does it
+    give the same logits for packed examples as for each alone? And are its logits a plain linear head of its last
+    hidden states? Where not, batches are right-padded, or the model's own head computes the logits.
+
+    Attributes:
+        packed: whether batches are padding-free.
+        head: whether the loss is computed in chunks from hidden states.
+        reason: why not, in words for the user, where either is false.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, batching: str = "auto", pad_token_id: int = 0) -> None:
+        self.model = model
+        self.pad_token_id = pad_token_id
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.body = base.get_decoder() if hasattr(base, "get_decoder") else None
+        if self.body is base:
+            self.body = None
+        self.output = base.get_output_embeddings()
+        self.selects = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.reason = ""
+        self.head = False
+        self.packed = False
+        with _evaluating(model), torch.no_grad():
+            self._probe(batching)
+
+    def batch(self, examples: list[EncodedExample]) -> Batch:
+        """The examples as one batch of the form this model takes."""
+        return pack(examples) if self.packed else pad(examples, self.pad_token_id)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Sum of the cross-entropies of the batch's targets, float32 scalar. Divide by the step's trained tokens."""
+        if self.head:
+            assert self.body is not None
+            hidden = self.body(**self._inputs(batch)).last_hidden_state
+            kept = hidden.reshape(-1, hidden.shape[-1])[batch.kept]
+            return linear_cross_entropy(kept, self.output.weight, getattr(self.output, "bias", None), batch.targets)
+        return F.cross_entropy(self.logits(batch).float(), batch.targets, reduction="sum")
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """``[K, V]`` logits at the kept positions, by the model's own head."""
+        inputs = self._inputs(batch)
+        if self.selects and batch.packed:
+            return self.model(**inputs, logits_to_keep=batch.kept).logits[0]
+        logits = self.model(**inputs).logits
+        return logits.reshape(-1, logits.shape[-1])[batch.kept]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if not batch.packed:
+            return inputs | {"attention_mask": batch.attention_mask}
+        return inputs | {
+            "position_ids": batch.position_ids,
+            # The names that transformers' variable-length flash attention reads, so that it fits as well.
+            "cu_seq_lens_q": batch.cu_seqlens,
+            "cu_seq_lens_k": batch.cu_seqlens,
+            "max_length_q": batch.longest,
+            "max_length_k": batch.longest,
+        }
+
+    def _probe(self, batching: str) -> None:
+        if batching == "padded":
+            self.reason = "model.batching=padded was asked for"
+        else:
+            native = self.model.config._attn_implementation  # type: ignore[union-attr]
+            try:
+                self.reason = self._why_not_packed()
+            except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+                self.reason = f"this model does not take packed rows: {str(error).splitlines()[0]}"
+            self.packed = not self.reason
+            if not self.packed:
+                self.model.set_attn_implementation(native)  # type: ignore[operator]
+        if self.body is None or not isinstance(self.output, torch.nn.Linear):
+            return
+        batch = self.batch(_probe_rows(self.model)).to(next(self.model.parameters()).device)
+        hidden = self.body(**self._inputs(batch)).last_hidden_state
+        direct = self.output(hidden.reshape(-1, hidden.shape[-1])[batch.kept]).float()
+        own = self.logits(batch).float()
+        self.head = float((direct - own).abs().mean()) <= 1e-3 * float(own.std())
+
+    def _why_not_packed(self) -> str:
+        """Empty where packed rows give each example the logits it has alone; leaves packed attention set."""
+        from luthier.training import attention
+
+        rows = _probe_rows(self.model)
+        device = next(self.model.parameters()).device
+        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+        alone = torch.cat([self.logits(pad([row], self.pad_token_id).to(device)) for row in rows]).float()
+        self.model.set_attn_implementation(attention.register())  # type: ignore[operator]
+        together = self.logits(pack(rows).to(device)).float()
+        # Rounding moves bfloat16 logits of random tokens by some hundredths of their spread, on the average; a
+        # wrong position or a look across a border moves them by the spread itself.
+        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        bound = (0.15 if half else 0.01) * float(alone.std())
+        apart = float((together - alone).abs().mean())
+        if not apart <= bound:
+            return f"packed rows change this model's logits by {apart:.2g} (bound {bound:.2g})"
+        # Whatever the rounding, another first example must leave the logits of the later ones as they were.
+        rows[0].input_ids = rows[0].input_ids[::-1].copy()
+        border = int(rows[0].trained.sum())
+        moved = float((self.logits(pack(rows).to(device)).float() - together)[border:].abs().max())
+        if moved > 1e-3 * bound:
+            return f"an example changes the logits of the next one by {moved:.2g} in packed rows"
+        return ""
+
+
+class _evaluating:
+    """Puts a model into eval mode and back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self.was)
+
+
+def _probe_rows(model: torch.nn.Module) -> list[EncodedExample]:
+    """Three short rows of different lengths, every token but the first a target."""
+    import numpy as np
+
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in (5, 12, 9):
+        trained = np.arange(length) > 0
+        ids = rng.integers(0, vocabulary, length).astype(np.int32)
+        rows.append(EncodedExample(ids, trained, None, 0))
+    return rows
