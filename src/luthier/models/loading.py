@@ -145,7 +145,8 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     if not pieces:
         return []
     tokenizer.add_tokens(list(pieces))
-    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(pieces))]
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in pieces]
     if max(ids) >= len(_embedding_weights(model)[0]):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with torch.no_grad():
