@@ -286,7 +286,7 @@ class Recipe(Section):
                 where=str(path),
                 remedy="start from `luthier init DATA`",
             )
-        recipe = cls.from_dict(apply_overrides(content, overrides), where=str(path))
+        recipe = cls.from_dict(apply_overrides(content, [_from_here(o) for o in overrides]), where=str(path))
         return recipe.with_paths_from(path.parent)
 
     @classmethod
@@ -320,6 +320,13 @@ class Recipe(Section):
 def _anchored(path: str, folder: Path) -> str:
     expanded = Path(path).expanduser()
     return str(expanded if expanded.is_absolute() else folder / expanded)
+
+
+def _from_here(override: str) -> str:
+    """A path given on the command line starts at the working folder, not at the recipe's."""
+    key, _, value = override.partition("=")
+    known = ("data.train", "data.validation", "data.test", "model.chat_template", "model.name")
+    return f"{key}={Path(value).absolute()}" if key.strip() in known and Path(value).exists() else override
 
 
 def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

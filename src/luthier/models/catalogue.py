@@ -48,14 +48,25 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "luthier"
 
 
+def cached_folder(name: str) -> Path:
+    """Where an embedded model stands once it is ready.
+
+    Raises:
+        UserError: there is no embedded model of that name.
+    """
+    if name not in CATALOGUE:
+        raise UserError(f"there is no embedded model {name!r}", remedy=f"known: {', '.join(CATALOGUE)}")
+    return cache_root() / "models" / f"{name}-{CATALOGUE[name].sha256[:12]}"
+
+
 def embedded_model_folder(name: str) -> Path:
     """The folder of an embedded model as ordinary bfloat16 safetensors; made on first use, once.
 
     Raises:
-        UserError: the package that holds the weights is absent, or its file is not the one pinned.
+        UserError: the name is unknown, the package that holds the weights is absent, or its file is not the one pinned.
     """
+    folder = cached_folder(name)
     model = CATALOGUE[name]
-    folder = cache_root() / "models" / f"{model.name}-{model.sha256[:12]}"
     if not (folder / "config.json").is_file():
         _dequantise(model, _weights_file(model), folder)
     return folder

@@ -115,7 +115,11 @@ def load_model(name: str | Path, *, dtype: torch.dtype | None = None, revision: 
         finally:
             if bars:
                 logging.enable_progress_bar()
-    model.name_or_path = str(name)
+    if "gguf_file" in options:
+        model.name_or_path = resolve_model(name)
+    elif Path(place).is_dir():
+        # An adapter's config names its base by this: an absolute path is found from any working folder.
+        model.name_or_path = str(Path(place).resolve())
     return model.eval()
 
 

@@ -1,0 +1,42 @@
+"""The command line: each verb parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from luthier.errors import UserError
+
+app = typer.Typer(
+    name="luthier",
+    help="Fine-tune a language model on your examples, with proof of what changed.\n\n"
+    "[bold]luthier init DATA[/bold] writes a recipe, [bold]luthier check[/bold] looks before you leap, "
+    "[bold]luthier train[/bold] does the rest.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message on stderr and exit code 2."""
+    from luthier.cli import commands
+
+    assert commands.app is app
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`luthier check … | head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,212 @@
+"""The verbs. Heavy libraries load inside them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier import __version__
+from luthier.cli import app
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from luthier.recipe import Recipe
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that win over the recipe's, as [bold]key=value[/bold]: training.learning_rate=1e-4"),
+]
+RunPath = Annotated[Path, typer.Argument(help="A run folder (the recipe's output_dir).", show_default=False)]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"luthier {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of every verb."""
+
+
+@app.command()
+def init(
+    data: Annotated[
+        Path, typer.Argument(help="A file of examples: .json .jsonl .csv .tsv .parquet", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    model: Annotated[str, typer.Option(help="Embedded name, folder, GGUF file or hub id.")] = "smollm2",
+    method: Annotated[str, typer.Option(help="lora or full")] = "lora",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
+) -> None:
+    """Look at a file of examples and write a commented recipe for it."""
+    from luthier.errors import UserError
+    from luthier.proposal import propose_recipe
+
+    if output.exists() and not force:
+        raise UserError(f"{str(output)!r} exists", remedy="--force replaces it, or name another with --output")
+    proposal = propose_recipe(data, model=model, method=method, recipe_dir=output.parent)
+    try:
+        output.write_text(proposal.text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{str(output)!r} cannot be written: {error.strerror}") from None
+    console = _console()
+    for line in proposal.seen:
+        console.print(line, highlight=False, markup=False)
+    console.print(f"\nwrote {output}; next:\n  luthier check {output}\n  luthier train {output}", highlight=False)
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show with their trained tokens coloured.")] = 3,
+) -> None:
+    """Run the pre-flight: what would train, what would not, and what to do. Exits with 1 on errors."""
+    from luthier.pipeline import prepare_run
+    from luthier.training.preflight import render_preflight, render_rows
+
+    console = _console()
+    settings = _recipe(recipe, overrides)
+    settings.training.report_to = []
+    ready = prepare_run(settings)
+    if rows:
+        console.print(render_rows(ready.dataset, rows), "")
+    report = ready.check()
+    console.print(render_preflight(report))
+    for reject in ready.dataset.rejects[:10]:
+        console.print(f"refused {reject.file}:{reject.line}: {reject.message}", style="yellow", highlight=False)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+) -> None:
+    """Tune the model, prove what changed, save it. Ctrl-C saves a checkpoint; --resume goes on from it."""
+    from luthier.pipeline import run
+    from luthier.training.loop import Interrupted
+    from luthier.training.progress import TerminalReporter
+
+    console = _console()
+    settings = _recipe(recipe, overrides)
+    console.print(
+        f"[bold]luthier[/bold] {__version__}: {settings.model.name}, {settings.method.name}, "
+        f"into {settings.output_dir}",
+        highlight=False,
+    )
+    try:
+        result = run(settings, resume=resume, overwrite=overwrite, console=console, reporter=TerminalReporter(console))
+    except Interrupted as stop:
+        console.print(f"{stop}\ngo on: luthier train {recipe} --resume", highlight=False)
+        raise typer.Exit(128 + stop.number) from None
+    state = result.outcome.state
+    console.print(
+        f"\ntrained {state.tokens:,} tokens in {state.step:,} steps, {state.seconds:,.0f} s "
+        f"({state.tokens / max(state.seconds, 1e-9):,.0f} tokens/s); saved {result.saved}",
+        highlight=False,
+    )
+    folder = result.run_dir
+    lines = [f"  luthier chat {folder}" + " " * 12 + "talk to it (--compare: beside its base)"]
+    if result.saved.name == "adapter":
+        lines.append(f"  luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged, then serve it:")
+        lines.append(f"  transformers serve {folder}/merged" + "  or any server that loads a model folder")
+    else:
+        lines.append(f"  transformers serve {folder}/model" + "  or any server that loads a model folder")
+    lines.append(f"  luthier evaluate {folder} --data FILE" + "  judge it on other rows")
+    console.print("next:\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="Rows to ask instead of the run's own held-out ones.")] = None,
+) -> None:
+    """Compare base, tuned and merged model on held-out rows."""
+    from luthier.pipeline import evaluate_run
+
+    evaluate_run(run, data=data, overrides=overrides or (), console=_console())
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A run, adapter or model folder, or an embedded name.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with base and tuned model, one by one.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a tuned model. /reset forgets, /system TEXT sets the system message, /exit leaves."""
+    from luthier.deployment.chat import chat as talk
+
+    talk(
+        str(model),
+        system=system,
+        compare=compare,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        console=_console(),
+    )
+
+
+@app.command()
+def merge(
+    run: RunPath,
+    output: Annotated[Path | None, typer.Argument(help="Folder of the merged model; RUN/merged by default.")] = None,
+) -> None:
+    """Merge a run's adapter into its base, behind the parity gate: one plain model folder."""
+    from luthier.deployment.parity import render_parity
+    from luthier.pipeline import merge_saved
+
+    console = _console()
+    target, report = merge_saved(run, output)
+    console.print(render_parity(report))
+    console.print(f"merged into {target}", highlight=False)
+
+
+@app.command()
+def models(
+    prepare: Annotated[str | None, typer.Option(help="Make an embedded model ready for use and exit.")] = None,
+) -> None:
+    """List the embedded models, or make one ready."""
+    from rich.table import Table
+
+    from luthier.models.catalogue import CATALOGUE, cached_folder, embedded_model_folder
+
+    console = _console()
+    if prepare is not None:
+        console.print(f"{prepare}: {embedded_model_folder(prepare)}", highlight=False, soft_wrap=True)
+        return
+    table = Table("name", "what", "licence", "ready in")
+    for name, entry in CATALOGUE.items():
+        folder = cached_folder(name)
+        table.add_row(name, entry.description, entry.licence, str(folder) if folder.is_dir() else "not yet")
+    console.print(table)
+    console.print("Any local folder, GGUF file or hub id of a causal language model works as model.name too.")
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    from luthier.recipe import Recipe
+
+    return Recipe.load(path, overrides or ())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe or a log has no width of its own; 80 columns would break every table.
+    return Console(width=None if sys.stdout.isatty() else 120)

@@ -1,0 +1,136 @@
+"""What ``luthier init`` writes: a commented recipe that fits a file of examples."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from luthier.data.columns import Proposal, propose
+from luthier.data.encode import Encoder
+from luthier.data.examples import TrainingExample
+from luthier.data.loader import load_file
+from luthier.data.render import Renderer
+from luthier.errors import UserError
+from luthier.methods import METHODS, get_method
+from luthier.models.loading import load_tokenizer
+
+_MEASURED = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeProposal:
+    """A recipe as text, and what was seen in the file, line by line."""
+
+    text: str
+    seen: list[str]
+
+
+def propose_recipe(data: Path, *, model: str, method: str, recipe_dir: Path) -> RecipeProposal:
+    """Look at a file and propose its column mapping, lengths and amount of training.
+
+    Args:
+        data: the file of examples.
+        model: embedded name, folder, GGUF file or hub id; its tokenizer measures the rows.
+        method: name of a tuning method.
+        recipe_dir: the folder the recipe will stand in; the data's path is written relative to it.
+
+    Raises:
+        UserError: the file cannot be read, no row of it can be understood, or model or method are unknown.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}", where="--method", remedy=f"known: {', '.join(METHODS)}")
+    found = propose(data)
+    loaded = load_file(data, found.columns)
+    if not loaded.examples:
+        first = loaded.rejects[0] if loaded.rejects else None
+        raise UserError(
+            f"no row of {str(data)!r} can be trained on ({loaded.rows_in:,} read)",
+            where=f"{first.file}:{first.line}" if first else None,
+            remedy=f"{first.message}; {first.remedy or 'mend the rows'}" if first else "put rows into it",
+        )
+    lengths = _lengths(loaded.examples, model)
+    longest = int(lengths.max()) if len(lengths) else 2048
+    max_length = max(64, -(-longest // 64) * 64)
+    rows = len(loaded.examples)
+    seen = [
+        f"{data}: {loaded.rows_in:,} rows, format {found.format}, {found.encoding}",
+        f"  {rows:,} rows understood, {len(loaded.rejects):,} refused",
+        *(f"  {reject.file}:{reject.line}: {reject.message}" for reject in loaded.rejects[:5]),
+        *(f"  {note}" for note in found.notes),
+    ]
+    if len(lengths):
+        middle, most = np.percentile(lengths, [50, 99]).astype(int)
+        seen.append(f"  tokens a row: {middle} in the middle, {most} at 99%, {longest} the longest")
+    return RecipeProposal(_text(data, found, model, method, recipe_dir, rows, max_length), seen)
+
+
+def _lengths(examples: list[TrainingExample], model: str) -> np.ndarray:
+    tokenizer = load_tokenizer(model)
+    # Every row is measured up to some thousands; then those with the most characters, which are the longest.
+    chosen = examples
+    if len(examples) > _MEASURED:
+        by_size = sorted(examples, key=lambda e: len(e.to_causal_lm_format()))
+        chosen = by_size[-_MEASURED // 2 :] + by_size[:: max(1, 2 * len(by_size) // _MEASURED)]
+    encoded = Encoder(Renderer(tokenizer, allow_special_tokens=True)).encode(chosen)
+    return np.array([len(e) for e in encoded.examples])
+
+
+def _text(data: Path, found: Proposal, model: str, method: str, recipe_dir: Path, rows: int, max_length: int) -> str:
+    chosen = get_method(method)
+    # Many rows teach in one pass; a few hundred want three (the field's rule of 1 to 3 epochs).
+    epochs = 3 if rows < 5_000 else 2 if rows < 20_000 else 1
+    columns = {k: v for k, v in found.columns.model_dump().items() if v is not None}
+    path = os.path.relpath(data.absolute(), recipe_dir.absolute())
+    lines = [
+        f"# Written by `luthier init {data}`. Every key and its default: docs/recipe.md.",
+        "model:",
+        f"  name: {_scalar(model)}  # embedded name (`luthier models`), local folder, GGUF file or hub id",
+        "",
+        "data:",
+        f"  train: {_scalar(path)}  # {rows:,} rows, format {found.format}",
+        *(
+            ["  columns:  # which column holds what", *(f"    {k}: {_scalar(str(v))}" for k, v in columns.items())]
+            if columns
+            else ["  # columns: {prompt: …, response: …} where the format is not recognised"]
+        ),
+        "  split: {validation: 0.1, test: 0.1}  # shares kept from training; or name data.validation and data.test",
+        f"  max_length: {max_length}  # tokens; no row of this file is longer",
+        "  # truncation: reject  # longer rows are refused and listed; cut loses an answer's end",
+        "  # system: You are …  # a system message for rows without one",
+        "",
+        "method:",
+        f"  name: {method}",
+    ]
+    if method == "lora":
+        lines += ["  r: 8  # rank: more for harder tasks, 4 to 16", "  lora_alpha: 32", "  lora_dropout: 0.05"]
+    low, high = chosen.advice.learning_rate
+    lines += [
+        "",
+        "training:",
+        f"  num_train_epochs: {epochs}",
+        "  per_device_train_batch_size: 8",
+        f"  learning_rate: {_number(chosen.learning_rate)}  # {_number(low)} to {_number(high)} usually works",
+        "  # early_stopping_patience: 3  # stop after so many validations without a better loss",
+        "",
+        "evaluation:",
+        "  max_examples: 100  # held-out rows that base and tuned answer after training",
+        "",
+        f"output_dir: runs/{data.stem}-{method}  # starts at the folder where luthier runs",
+        "seed: 42",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: str) -> str:
+    """A text as YAML writes it."""
+    return yaml.safe_dump(value, allow_unicode=True, width=10_000).strip().removesuffix("...").strip()
+
+
+def _number(value: float) -> str:
+    """A number that YAML 1.1 reads as one (`2e-4` would be text)."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"

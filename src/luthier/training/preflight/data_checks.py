@@ -1,0 +1,373 @@
+"""Pre-flight checks that need the rows and the tokenizer alone."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luthier.data.dataset import Dataset, Part
+from luthier.data.encode import EncodedExample
+from luthier.data.examples import TrainingExample
+from luthier.data.render import Rendered, special_tokens
+from luthier.recipe import Recipe
+from luthier.training.preflight.findings import Finding, places
+from luthier.training.preflight.similarity import near_copies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows that are decoded and rendered again; more would cost minutes on a million rows and find nothing new.
+SAMPLE = 2_000
+
+
+def check_data(recipe: Recipe, dataset: Dataset) -> list[Finding]:
+    """All findings about the rows."""
+    findings = [
+        *_rows_lost(recipe, dataset),
+        *_trained_text(dataset),
+        *_opening(dataset),
+        *_special_text(recipe, dataset),
+        *_cut(dataset),
+        *_repetition(dataset.train),
+        *_overlap(dataset),
+        *_labels(dataset.train),
+    ]
+    if not dataset.validation.encoded and dataset.train.encoded:
+        findings.append(
+            Finding(
+                "no_validation",
+                "info",
+                "there are no validation rows: nothing will tell when the model starts to memorise",
+                "name data.validation, or set data.split.validation",
+            )
+        )
+    return findings
+
+
+def _rows_lost(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
+    train = dataset.train
+    for part in dataset.parts:
+        if not part.rejects:
+            continue
+        share = len(part.rejects) / max(part.rows_in, 1)
+        allowed = share <= recipe.data.max_rejected_share or len(part.rejects) == 1
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in Counter(r.reason for r in part.rejects).most_common())
+        first = part.rejects[0]
+        yield Finding(
+            "rows_lost",
+            "warning" if allowed else "error",
+            f"{part.name}: {len(part.rejects):,} of {part.rows_in:,} rows ({share:.1%}) are refused: {reasons}",
+            f"first: {first.message}; {first.remedy or 'mend the rows'}"
+            + ("" if allowed else f"; or raise data.max_rejected_share above {share:.3f} if they may go"),
+            len(part.rejects),
+            tuple(f"{r.file}:{r.line}" for r in part.rejects[:5]),
+        )
+    if not train.encoded:
+        yield Finding(
+            "no_rows",
+            "error",
+            f"no row is left to train on ({train.rows_in:,} read, {len(train.rejects):,} refused)",
+            "see rejects.jsonl for each row's reason" if train.rejects else "the training files hold no row",
+        )
+    elif not train.trained_tokens:
+        yield Finding("no_trained_token", "error", "no token of any row is trained", "give the rows answers")
+
+
+def _sample(part: Part) -> list[tuple[EncodedExample, TrainingExample]]:
+    rows = part.encoded
+    if len(rows) > SAMPLE:
+        rows = random.Random(0).sample(rows, SAMPLE)
+    return [(row, part.examples[row.index]) for row in rows]
+
+
+def runs(trained: np.ndarray) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive trained tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], trained.astype(np.int8), [0]])))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _trained_text(dataset: Dataset) -> Iterator[Finding]:
+    """Decode what is trained and compare it with the answers, the end-of-turn and the serving prompt."""
+    renderer, tokenizer = dataset.renderer, dataset.renderer.tokenizer
+    differs, unstopped, prompts = [], [], []
+    chats = 0
+    for row, example in _sample(dataset.train):
+        if row.cut or (example.is_plain_text and not row.trained[1:].all()):
+            continue
+        rendered = renderer.render(example)
+        if not example.is_plain_text and renderer.train_on != "all":
+            chats += 1
+            if not _ends_turns(row, renderer.end_of_turn, tokenizer):
+                unstopped.append(row.source)
+            if not _prompt_ids_agree(row, rendered, tokenizer):
+                prompts.append(row.source)
+            if not _says_answers(row, rendered, example, renderer.train_on, tokenizer):
+                differs.append(row.source)
+    if differs:
+        yield Finding(
+            "trained_text_differs",
+            "error",
+            "the trained tokens do not decode to the answers",
+            "the tokenizer or the chat template changes the text; name another template in model.chat_template",
+            len(differs),
+            places(differs),
+        )
+    if chats and renderer.end_of_turn is None:
+        yield Finding(
+            "no_end_of_turn",
+            "warning",
+            "the chat template closes an answer with no control token, so the model cannot learn to stop",
+            "name a template with an end-of-turn in model.chat_template",
+            chats,
+        )
+    elif unstopped:
+        yield Finding(
+            "end_of_turn_untrained",
+            "error",
+            f"the end-of-turn {renderer.end_of_turn!r} of some answers is not trained, so the model would not stop",
+            "the template puts text between answer and end-of-turn; name another in model.chat_template",
+            len(unstopped),
+            places(unstopped),
+        )
+    if prompts:
+        yield Finding(
+            "prompt_ids_differ",
+            "warning",
+            "before an answer, training reads other tokens than serving would (the template rewrites earlier turns, "
+            "or a token crosses the border of the answer)",
+            "set data.train_on=last_answer if earlier turns are rewritten, or mend the template",
+            len(prompts),
+            places(prompts),
+        )
+
+
+def _ends_turns(row: EncodedExample, end: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if end is None:
+        return True
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    return all(row.input_ids[stop - 1] == end_id for _, stop in runs(row.trained))
+
+
+def _says_answers(
+    row: EncodedExample,
+    rendered: Rendered,
+    example: TrainingExample,
+    train_on: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> bool:
+    """The trained tokens decode to the trained spans, and those hold the row's own answers, in order."""
+    said = _squeezed(
+        "".join(
+            str(tokenizer.decode(row.input_ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for a, b in runs(row.trained)
+        )
+    )
+    if said != _squeezed("".join(rendered.text[a:b] for a, b in rendered.spans)):
+        return False
+    turns = [m for m in example.to_chat_format() if m["role"] == "assistant"]
+    cursor = 0
+    for turn in turns if train_on == "answers" else turns[-1:]:
+        # Templates that drop the reasoning of earlier turns keep what follows it.
+        answer = _squeezed(str(turn.get("content") or ""))
+        place = said.find(answer, cursor)
+        if place < 0:
+            answer = answer.rpartition("</think>")[2]
+            place = said.find(answer, cursor)
+        if place < 0:
+            return False
+        cursor = place + len(answer)
+    return True
+
+
+def _squeezed(text: str) -> str:
+    """Without white space: decoders of the SentencePiece kind drop a leading space, and nothing else may change."""
+    return re.sub(r"\s+", "", text)
+
+
+def _prompt_ids_agree(row: EncodedExample, rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> bool:
+    starts = [a for a, _ in runs(row.trained)]
+    prompt = rendered.prompts[-1]
+    if not prompt or not starts:
+        return False
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    return starts[-1] == len(ids) and row.input_ids[: len(ids)].tolist() == ids
+
+
+def _opening(dataset: Dataset) -> Iterator[Finding]:
+    """Exactly one beginning-of-sequence where the tokenizer has one that it writes."""
+    tokenizer = dataset.renderer.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return
+    adds = tokenizer("text").input_ids[:1] == [bos]
+    doubled = [row.source for row in dataset.train.encoded if (row.input_ids[:2] == bos).all() and len(row) > 1]
+    missing = [row.source for row in dataset.train.encoded if adds and row.input_ids[0] != bos]
+    if doubled:
+        yield Finding(
+            "bos_doubled",
+            "error",
+            f"rows begin with {tokenizer.bos_token!r} twice",
+            "take it out of the chat template or of the text",
+            len(doubled),
+            places(doubled),
+        )
+    if missing:
+        yield Finding(
+            "bos_missing",
+            "error",
+            f"the tokenizer opens a text with {tokenizer.bos_token!r}, but rows do not begin with it",
+            "add {{ bos_token }} at the start of the chat template (model.chat_template)",
+            len(missing),
+            places(missing),
+        )
+
+
+def _special_text(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
+    """Rows whose text holds control tokens are refused, unless the recipe allows them; then they are named."""
+    if recipe.data.special_tokens_in_text != "allow":
+        return
+    specials = [t for t in special_tokens(dataset.renderer.tokenizer) if t]
+    if not specials:
+        return
+    pattern = re.compile("|".join(map(re.escape, specials)))
+    found = [
+        e.source
+        for part in dataset.parts
+        for e in part.examples
+        if any(pattern.search(str(m.get("content") or "")) for m in e.to_chat_format())
+    ]
+    if found:
+        yield Finding(
+            "special_token_in_text",
+            "warning",
+            "the text of rows holds control tokens, which the model reads as control "
+            "(data.special_tokens_in_text=allow)",
+            "remove them unless they are meant",
+            len(found),
+            places(found),
+        )
+
+
+def _cut(dataset: Dataset) -> Iterator[Finding]:
+    for part in dataset.parts:
+        cut = [row for row in part.encoded if row.cut]
+        if not cut:
+            continue
+        lost = sum(row.cut for row in cut)
+        yield Finding(
+            "answer_cut",
+            "warning",
+            f"{part.name}: {len(cut):,} answers are cut at data.max_length and lose {lost:,} trained tokens, their "
+            "end-of-turn among them: the model learns to stop in mid-sentence there",
+            "raise data.max_length, or set data.truncation=reject",
+            len(cut),
+            places(row.source for row in cut),
+        )
+
+
+def _key(example: TrainingExample) -> tuple[str, str]:
+    """``(what is asked, what is answered)``"""
+    if example.messages is not None:
+        *before, last = example.messages
+        return repr(before), repr(last)
+    return (example.input, "") if example.output is None else (example.input, example.output)
+
+
+def _repetition(train: Part) -> Iterator[Finding]:
+    seen: Counter[tuple[str, str]] = Counter()
+    answers: dict[str, set[str]] = defaultdict(set)
+    copies, against = [], []
+    for example in train.examples:
+        key = _key(example)
+        seen[key] += 1
+        if seen[key] > 1:
+            copies.append(example.source)
+        elif key[1]:
+            answers[key[0]].add(key[1])
+            if len(answers[key[0]]) > 1:
+                against.append(example.source)
+    if copies:
+        yield Finding(
+            "duplicates",
+            "warning",
+            f"{len(copies):,} training rows repeat an earlier one word for word",
+            "remove them unless the weight is meant",
+            len(copies),
+            places(copies),
+        )
+    if against:
+        yield Finding(
+            "contradictions",
+            "warning",
+            f"{len(against):,} training rows ask what an earlier row asks and answer differently",
+            "keep one answer, or say in the prompt what makes the difference",
+            len(against),
+            places(against),
+        )
+
+
+def _overlap(dataset: Dataset) -> Iterator[Finding]:
+    trained = {_key(e) for e in dataset.train.examples}
+    for part in (dataset.validation, dataset.test):
+        same = [e.source for e in part.examples if _key(e) in trained]
+        if same:
+            share = len(same) / len(part.examples)
+            yield Finding(
+                "overlap",
+                "error" if share > 0.01 else "warning",
+                f"{len(same):,} of {len(part.examples):,} {part.name} rows ({share:.1%}) are in the training rows too: "
+                "their score would measure memory",
+                f"remove them from the {part.name} file",
+                len(same),
+                places(same),
+            )
+    for part in (dataset.validation, dataset.test):
+        rows = [e for e in part.examples if _key(e) not in trained]
+        near = near_copies([_text(e) for e in rows], [_text(e) for e in dataset.train.examples])
+        if near:
+            yield Finding(
+                "overlap_near",
+                "warning",
+                f"{len(near):,} of {len(part.examples):,} {part.name} rows are nearly the same as a training row",
+                "look at them: if they say the same, keep them on one side",
+                len(near),
+                places(rows[i].source for i in near),
+            )
+
+
+def _text(example: TrainingExample) -> str:
+    return " ".join(str(m.get("content") or "") for m in example.to_chat_format())
+
+
+def _labels(train: Part) -> Iterator[Finding]:
+    """Imbalance of classes: of labels where rows have them, else of short answers that repeat."""
+    labels = [str(e.label) for e in train.examples if e.label is not None]
+    if not labels:
+        answers = [e.answer for e in train.examples if e.answer is not None and len(e.answer) <= 40]
+        few = len(set(answers)) <= max(2, len(answers) // 20)
+        if len(answers) < 0.95 * len(train.examples) or not few:
+            return
+        labels = [str(a) for a in answers]
+    counts = Counter(labels).most_common()
+    if len(labels) < 20:
+        return
+    (most, top), (least, bottom) = counts[0], counts[-1]
+    if len(counts) == 1:
+        yield Finding(
+            "one_label",
+            "warning",
+            f"every row has the same answer, {most!r}",
+            "add rows of the other classes, or check the column mapping",
+        )
+    elif top >= 10 * bottom:
+        yield Finding(
+            "label_imbalance",
+            "warning",
+            f"class {most!r} has {top:,} rows, class {least!r} has {bottom:,}",
+            "add rows of the rare classes, or judge by a score that weighs classes alike",
+        )

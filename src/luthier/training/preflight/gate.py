@@ -1,0 +1,80 @@
+"""The pre-flight as a whole: every check in turn, on the real rows and the real model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from luthier.data.dataset import Dataset
+from luthier.methods.base import TuningMethod, parameter_counts
+from luthier.recipe import Recipe
+from luthier.training.loop import Plan
+from luthier.training.loss import LossFunction
+from luthier.training.preflight import model_checks as checks
+from luthier.training.preflight.data_checks import check_data
+from luthier.training.preflight.findings import Finding, Preflight
+
+
+def preflight(
+    recipe: Recipe,
+    method: TuningMethod,
+    dataset: Dataset,
+    model: torch.nn.Module,
+    loss_function: LossFunction,
+    *,
+    stop_tokens_added: list[int],
+    run_dir: Path,
+    processes: int = 1,
+) -> Preflight:
+    """Check rows, settings and model before step one.
+
+    Args:
+        recipe: the run's settings.
+        method: the tuning method in use.
+        dataset: the encoded rows.
+        model: wrapped by the method, on its device.
+        loss_function: the loss that training will use.
+        stop_tokens_added: what `set_stop_tokens` had to add.
+        run_dir: where the run will write.
+        processes: how many processes train together.
+    """
+    began = time.perf_counter()
+    device = next(model.parameters()).device
+    rows = dataset.train.encoded
+    findings: list[Finding] = check_data(recipe, dataset)
+    findings += checks.check_stop_tokens(stop_tokens_added, dataset.renderer.tokenizer)
+    trained, every = parameter_counts(model)
+    facts: dict[str, object] = {
+        "rows": {part.name: part.summary() for part in dataset.parts},
+        "parameters": {"trained": trained, "all": every},
+        "packed": loss_function.packed,
+    }
+    if not loss_function.packed:
+        findings.append(
+            Finding("padded", "info", f"batches are right-padded: {loss_function.reason}", "slower, the same loss")
+        )
+    if rows:
+        plan = Plan.of(recipe, method, len(rows), processes)
+        findings += checks.check_settings(recipe, method, plan, len(rows))
+        needs = checks.predict(recipe, model, rows)
+        findings += checks.check_room(needs, run_dir, device)
+        losses = checks.first_loss(model, loss_function, dataset)
+        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        findings += checks.check_first_loss(losses, vocabulary, half)
+        facts |= {
+            "steps": plan.steps,
+            "learning_rate": plan.learning_rate,
+            "predicted_bytes": {
+                "weights": needs.weights,
+                "optimiser": needs.optimiser,
+                "activations": needs.activations,
+                "disk": needs.disk,
+            },
+            "first_loss": None if losses is None else {"training": losses[0], "plain": losses[1]},
+        }
+    order = {"error": 0, "warning": 1, "info": 2}
+    findings.sort(key=lambda f: order[f.severity])
+    return Preflight(findings, facts, time.perf_counter() - began)
