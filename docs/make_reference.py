@@ -1,0 +1,67 @@
+"""Write docs/recipe.md from the recipe's own fields: ``python docs/make_reference.py``. A test holds them equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from luthier import recipe
+
+SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
+    ("", recipe.Recipe, "The whole: sections, and two keys of its own."),
+    ("model", recipe.ModelSection, "The model to tune."),
+    ("data", recipe.DataSection, "The examples, and what becomes of them."),
+    ("data.columns", recipe.Columns, "Which column holds what. A source may have its own `columns`."),
+    ("data.split", recipe.Split, "Shares taken from the training file for parts without a file."),
+    ("method (lora)", recipe.LoraMethod, "`method: {name: lora, …}`"),
+    ("method (full)", recipe.FullMethod, "`method: {name: full}`"),
+    ("training", recipe.TrainingSection, "The training loop, with Hugging Face's names."),
+    ("evaluation", recipe.EvaluationSection, "The comparison of base and tuned after training."),
+    ("deployment", recipe.DeploymentSection, "What is made of the tuned model."),
+]
+
+
+def reference() -> str:
+    """The page as Markdown."""
+    lines = [
+        "# Recipe reference",
+        "",
+        "Written by `docs/make_reference.py` from the code. Any key can be set on the command line: "
+        "`luthier train recipe.yaml training.learning_rate=1e-4 method.r=16`. An unknown key is an error that names "
+        "the nearest right one.",
+        "",
+    ]
+    for title, section, about in SECTIONS:
+        lines += [f"## {title or 'recipe'}", "", about, "", "| key | type | default | what |", "|---|---|---|---|"]
+        for name, field in section.model_fields.items():
+            what = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | {_type(field.annotation, field.metadata)} | {_default(field)} | {what} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _default(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, recipe.Section):
+        return "see below"
+    return "" if value is None else f"`{json.dumps(value)}`"
+
+
+def _type(annotation: Any, metadata: list[Any]) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, recipe.Section):
+        return "section"
+    choices = [a for a in get_args(annotation) if isinstance(a, str)]
+    if choices:
+        return " \\| ".join(f"`{c}`" for c in choices)
+    if any(isinstance(a, type) and issubclass(a, recipe.Section) for a in get_args(annotation)):
+        return "list of files" if annotation == list[recipe.Source] else "section"
+    name = str(annotation if get_args(annotation) else annotation.__name__)
+    bounds = [f"{sign} {getattr(m, key)}" for m in metadata for key, sign in _SIGNS.items() if hasattr(m, key)]
+    return name.replace(" | None", "").replace("|", "\\|") + (f", {', '.join(bounds)}" if bounds else "")
+
+
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+if __name__ == "__main__":
+    Path(__file__).with_name("recipe.md").write_text(reference(), encoding="utf-8")

@@ -1,0 +1,150 @@
+"""Answers to prompts, greedily, in batches from which finished rows retire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier.data.render import end_of_turn_ids
+from luthier.errors import UserError, shorten
+from luthier.evaluation.state import measuring
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+"""Called as ``progress(done, total)`` each time prompts have been answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to one prompt."""
+
+    text: str
+    """Without the prompt and without control tokens, otherwise untouched."""
+    token_ids: list[int]
+    """As generated, the stop token included."""
+    stopped: bool
+    """True where a stop token ended it, False where the limit cut it."""
+    prompt_tokens: int
+
+
+def generate_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    stop_token_ids: Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """The most likely next token, again and again, until a stop token or the limit.
+
+    Nothing bends the choice (no temperature, no repetition penalty, whatever the model's own generation config
+    says), so that two models are compared on equal terms and a prompt's answer does not depend on its batch.
+
+    Args:
+        model: a decoder; its training mode and attention are given back as they were.
+        tokenizer: the model's tokenizer.
+        prompts: rendered texts, as ``luthier.data.render.prompt_text`` makes them; no special token is added.
+        max_new_tokens: longest answer in tokens; less where the model's context ends before.
+        batch_size: prompts answered at once.
+        stop_token_ids: tokens that end an answer; None: those of :func:`stop_tokens`.
+        progress: told how many prompts are answered.
+
+    Returns:
+        the answers, in the order of the prompts.
+
+    Raises:
+        UserError: a prompt is empty or leaves no room in the model's context; a size is below 1.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value!r} is not a whole number above 0", remedy=f"give {name} at least 1")
+    if isinstance(prompts, str):
+        raise UserError("prompts is one text, not a list of texts", remedy="give [prompt]")
+    if not prompts:
+        return []
+    stops = list(stop_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids)
+    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    limits = [_room(model, ids, i, prompts[i], max_new_tokens) for i, ids in enumerate(encoded)]
+    # Long prompts first: where memory does not suffice, that shows at once. Equal lengths share a batch.
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    answers: dict[int, Answer] = {}
+    # SDPA, for packed training attention takes no cache.
+    with measuring(model, "sdpa" if model.config._attn_implementation == "luthier" else None):  # type: ignore[union-attr]
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            new = _greedy(model, [encoded[i] for i in rows], [limits[i] for i in rows], stops)
+            for i, ids in zip(rows, new, strict=True):
+                stopped = ids[-1] in stops
+                text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+                answers[i] = Answer(text, ids, stopped, len(encoded[i]))
+            if progress is not None:
+                progress(len(answers), len(order))
+    return [answers[i] for i in range(len(order))]
+
+
+def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: those of the model's generation config, and the template's end-of-turn."""
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return list(dict.fromkeys([*own, *end_of_turn_ids(tokenizer)]))
+
+
+def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> int:
+    """How many tokens the answer to a prompt may have."""
+    if not ids:
+        raise UserError("the prompt is empty", where=f"prompt {index + 1}", remedy="render it with prompt_text")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return wanted
+    if len(ids) >= context:
+        raise UserError(
+            f"the prompt has {len(ids):,} tokens and the model's context {context:,}: {shorten(prompt)}",
+            where=f"prompt {index + 1}",
+            remedy="shorten it, or leave it out",
+        )
+    return min(wanted, context - len(ids))
+
+
+def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list[int]) -> list[list[int]]:
+    """New token ids of each prompt. Rows leave the batch, and their keys and values the cache, once finished."""
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    pads = [longest - len(ids) for ids in prompts]
+    # Any token can stand in the padding on the left: it is masked.
+    ids = torch.tensor([[0] * n + p for n, p in zip(pads, prompts, strict=True)], device=device)  # [B, L]
+    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(pads, prompts, strict=True)], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    alive = list(range(len(prompts)))
+    new: list[list[int]] = [[] for _ in prompts]
+    cache = None
+    while True:
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        chosen = out.logits[:, -1].argmax(-1)  # [B]
+        for row, token in zip(alive, chosen.tolist(), strict=True):
+            new[row].append(token)
+        going = [i for i, row in enumerate(alive) if new[row][-1] not in stops and len(new[row]) < limits[row]]
+        if not going:
+            return new
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        if len(going) < len(alive):
+            index = torch.tensor(going, device=device)
+            cache.batch_select_indices(index)
+            ids, positions, mask = ids[index], positions[index], mask[index]
+            alive = [alive[i] for i in going]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
