@@ -104,10 +104,10 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
             chats += 1
             if not _ends_turns(row, renderer.end_of_turn, tokenizer):
                 unstopped.append(row.source)
+            elif not _says_answers(row, rendered, example, renderer.train_on, tokenizer):
+                differs.append(row.source)
             if not _prompt_ids_agree(row, rendered, tokenizer):
                 prompts.append(row.source)
-            if not _says_answers(row, rendered, example, renderer.train_on, tokenizer):
-                differs.append(row.source)
     if differs:
         yield Finding(
             "trained_text_differs",
