@@ -51,7 +51,7 @@ def train(
         batch = loss_function.batch(rows[begin : begin + a.batch])
         loss = loss_function(batch) / batch.trained_tokens
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         began = time.perf_counter()
         now = rate * learning_rate_factor("cosine", step, a.steps, a.steps // 10)
         if isinstance(optimiser, MasterAdamW):

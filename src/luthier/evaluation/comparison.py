@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -285,8 +286,6 @@ def _marked(answer: Answer, reference: str) -> Text:
 
 def _pieces(text: str) -> list[str]:
     """Words, single Chinese characters, runs of white space and other characters, which joined give the text."""
-    import re
-
     return re.findall(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]|(?:(?![\u2e80-\u9fff\uac00-\ud7af])\w)+|\s+|.", text)
 
 

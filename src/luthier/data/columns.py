@@ -1,0 +1,257 @@
+"""Rows to examples: which column holds what is recognised from the keys, or named in the recipe."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rapidfuzz import process
+
+from luthier.data.conversations import Unfit, checked_turns, parse_tools
+from luthier.data.examples import Reject, TaskType, TrainingExample
+from luthier.data.readers import Row, encoding_of, read_rows
+from luthier.errors import UserError, shorten
+from luthier.recipe import Columns
+
+# In order of preference: the first that a file has is taken.
+PROMPTS = ("prompt", "question", "query", "instruction", "input", "user", "问题", "提问", "问", "指令", "输入")
+RESPONSES = (
+    "response",
+    "completion",
+    "answer",
+    "answers",
+    "output",
+    "reply",
+    "assistant",
+    "target",
+    "答案",
+    "回答",
+    "答",
+    "输出",
+    "回复",
+)
+TEXTS = ("text", "content", "review", "sentence", "文本", "正文", "内容", "评论")
+LABELS = ("label", "labels", "category", "class", "标签", "类别", "分类")
+MESSAGES = ("messages", "conversations", "conversation", "dialog", "对话")
+_PEEK = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A known shape of rows."""
+
+    name: str
+    columns: Columns
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What `luthier init` says of a file."""
+
+    format: str
+    columns: Columns
+    encoding: str
+    rows: int
+    """Rows looked at, at most a thousand."""
+    notes: list[str] = field(default_factory=list)
+
+
+def recognise(keys: Iterable[str]) -> Format | None:
+    """The format of rows with these keys; None where there is nothing to recognise.
+
+    Raises:
+        UserError: the rows are preference pairs, which are no examples to imitate.
+    """
+    have = set(keys)
+    if {"chosen", "rejected"} <= have:
+        raise UserError(
+            "the rows are preference pairs (chosen, rejected), not examples to imitate",
+            remedy="to imitate the chosen answers, set data.columns: {prompt: prompt, response: chosen}",
+        )
+    common: dict[str, Any] = {"system": "system" if "system" in have else None}
+    common["tools"] = "tools" if "tools" in have else None
+    common["references"] = "references" if "references" in have else None
+    messages = _first(MESSAGES, have)
+    if messages:
+        name = {"messages": "OpenAI messages", "conversations": "ShareGPT"}.get(messages, messages)
+        return Format(name, Columns(messages=messages, **common))
+    label = _first(LABELS, have)
+    if {"instruction", "output"} <= have:
+        more = "input" if "input" in have else None
+        return Format("Alpaca", Columns(prompt="instruction", input=more, response="output", **common))
+    prompt, response = _first(PROMPTS, have), _first(RESPONSES, have)
+    if prompt and response:
+        return Format(f"{prompt}/{response}", Columns(prompt=prompt, response=response, label=label, **common))
+    text = _first(TEXTS, have)
+    if (text or prompt) and label:
+        return Format(f"{text or prompt} with {label}", Columns(prompt=text or prompt, label=label, **common))
+    if text:
+        return Format("plain text", Columns(text=text, **common))
+    if prompt in ("input", "输入"):
+        return Format("plain text", Columns(text=prompt, **common))
+    return None
+
+
+def _first(names: Sequence[str], have: set[str]) -> str | None:
+    return next((name for name in names if name in have), None)
+
+
+def settle(rows: Sequence[Row], columns: Columns | None, path: str | Path) -> Format:
+    """The format to read rows by: the columns that the user names win over what is recognised.
+
+    Args:
+        rows: the first rows of the file.
+        columns: as named by the user; may be empty.
+        path: named in errors.
+
+    Raises:
+        UserError: nothing is recognised, or a named column is in no row.
+    """
+    keys = list(dict.fromkeys(itertools.chain.from_iterable(row.values for row in rows)))
+    named = {k: v for k, v in columns.model_dump().items() if v is not None} if columns is not None else {}
+    for part, column in named.items():
+        if column not in keys:
+            near = process.extractOne(column, keys, score_cutoff=50)
+            raise UserError(
+                f"there is no column {column!r} for data.columns.{part}; the columns are {', '.join(map(repr, keys))}",
+                where=str(path),
+                remedy=f"did you mean {near[0]!r}?" if near else "name one of these",
+            )
+    if {"messages", "text", "prompt"} & named.keys():
+        if "prompt" in named and not {"response", "label"} & named.keys():
+            raise UserError(
+                f"data.columns names the prompt ({named['prompt']!r}) and no response",
+                where=str(path),
+                remedy="name data.columns.response, or data.columns.text for plain text that is trained whole",
+            )
+        return Format("columns named in the recipe", Columns(**named))
+    found = recognise(keys)
+    if found is None:
+        raise UserError(
+            f"the columns {', '.join(map(repr, keys))} are of no known format",
+            where=str(path),
+            remedy="say which holds what: data.columns: {prompt: …, response: …}, {messages: …} or {text: …}",
+        )
+    return Format(found.name, found.columns.model_copy(update=named)) if named else found
+
+
+def propose(path: str | Path) -> Proposal:
+    """Look at the first thousand rows of a file.
+
+    Raises:
+        UserError: the file cannot be read or its columns are of no known format.
+    """
+    head = list(itertools.islice(read_rows(path), _PEEK))
+    rows = [row for row in head if isinstance(row, Row)]
+    if not rows:
+        first = next(r for r in head if isinstance(r, Reject))
+        raise UserError(first.message, where=f"{first.file}:{first.line}", remedy=first.remedy)
+    found = settle(rows, None, path)
+    used = {v for v in found.columns.model_dump().values() if v is not None} | {"history"}
+    unused = [key for key in rows[0].values if key not in used]
+    notes = [f"kept as metadata, not trained: {', '.join(unused)}"] if unused else []
+    if found.columns.label and not found.columns.response:
+        notes.append(f"the label ({found.columns.label}) is the answer to be learnt")
+    return Proposal(found.name, found.columns, encoding_of(path), len(head), notes)
+
+
+def to_example(row: Row, columns: Columns, task_type: TaskType = TaskType.CAUSAL_LM) -> TrainingExample | Reject:
+    """A row as an example, or as the reject that says why it cannot be one. No text is altered."""
+    values = row.values
+    used = {v for v in columns.model_dump().values() if v is not None}
+    try:
+        system = _text(values, columns.system, "system", optional=True) if columns.system else None
+        tools = parse_tools(values.get(columns.tools), columns.tools) if columns.tools else None
+        common: dict[str, Any] = {
+            "label": values.get(columns.label) if columns.label else None,
+            "metadata": {k: v for k, v in values.items() if k not in used and k != "history"},
+            "task_type": task_type,
+            "tools": tools,
+            "source": row.source,
+        }
+        references = _references(values, columns)
+        if columns.messages:
+            turns = checked_turns(values.get(columns.messages), columns.messages)
+            if system and turns[0]["role"] not in ("system", "developer"):
+                turns.insert(0, {"role": "system", "content": system})
+            return TrainingExample(messages=turns, references=references, **common)
+        if columns.text:
+            return TrainingExample(input=_text(values, columns.text, "text"), **common)
+        prompt = _text(values, columns.prompt, "prompt")
+        more = _text(values, columns.input, "prompt", optional=True) if columns.input else None
+        if more:
+            prompt = f"{prompt}\n\n{more}"
+        answer, others = _answer(values, columns)
+        references = [*others, *references]
+        history = values.get("history") or []
+        if system or history:
+            turns = [{"role": "system", "content": system}] if system else []
+            turns += _past(history)
+            turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            return TrainingExample(messages=turns, references=references, **common)
+        return TrainingExample(input=prompt, output=answer, references=references, **common)
+    except Unfit as error:
+        return Reject(
+            row.source.file, row.source.line, error.reason, str(error), error.field, error.value, error.remedy
+        )
+
+
+def _text(values: dict[str, Any], column: str | None, part: str, *, optional: bool = False) -> str:
+    """The text of a column.
+
+    Raises:
+        Unfit: it is absent, empty or no text.
+    """
+    value = values.get(column or "")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if optional:
+            return ""
+        there = f"the row has {', '.join(map(repr, values))}" if column not in values else "it is empty"
+        raise Unfit(f"empty_{part}", f"no {part} in column {column!r}: {there}", column, value, "give it a text")
+    if not isinstance(value, str):
+        raise Unfit(
+            "wrong_type",
+            f"column {column!r} holds {shorten(value)} ({type(value).__name__}) where the {part}'s text belongs",
+            column,
+            value,
+            "write it as a text in quotes, or name another column in data.columns",
+        )
+    return value
+
+
+def _answer(values: dict[str, Any], columns: Columns) -> tuple[str, list[str]]:
+    """The answer, and further right ones where the column holds a list of texts."""
+    column = columns.response or columns.label
+    value = values.get(column or "")
+    if isinstance(value, list) and value and all(isinstance(v, str) and v.strip() for v in value):
+        return value[0], value[1:]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # Classes and results are often written as numbers; the model learns to write them.
+        value = json.dumps(value)
+    return _text({**values, column or "": value}, column, "answer"), []
+
+
+def _references(values: dict[str, Any], columns: Columns) -> list[str]:
+    value = values.get(columns.references) if columns.references else None
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise Unfit("wrong_type", "the references must be a list of texts", columns.references, value)
+    return value
+
+
+def _past(history: Any) -> list[dict[str, Any]]:
+    """Alpaca's ``history``: pairs of what was asked and answered before."""
+    turns: list[dict[str, Any]] = []
+    pairs = history if isinstance(history, list) else [None]
+    for pair in pairs:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(t, str) and t for t in pair)):
+            raise Unfit("bad_history", "history must be a list of [asked, answered] pairs of texts", "history", history)
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns

@@ -1,0 +1,172 @@
+"""Files to examples: `load_file` for recipes, `DatasetLoader` for Python."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from luthier.data.columns import settle, to_example
+from luthier.data.examples import Message, Reject, TaskType, TrainingExample
+from luthier.data.readers import Row, read_rows
+from luthier.data.split import split_examples
+from luthier.errors import UserError
+from luthier.recipe import Columns
+
+_PEEK = 1_000
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A file's rows: ``rows_in == len(examples) + len(rejects)``."""
+
+    examples: list[TrainingExample]
+    rejects: list[Reject]
+    rows_in: int
+    format: str
+
+
+def load_file(path: str | Path, columns: Columns | None = None, task_type: TaskType = TaskType.CAUSAL_LM) -> Loaded:
+    """Every row of a file as an example or as a reject.
+
+    Args:
+        path: .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
+        columns: which column holds what; None or empty: recognised.
+        task_type: given to every example.
+
+    Raises:
+        UserError: the file cannot be read, or its columns are of no known format.
+    """
+    rows = list(read_rows(path))
+    readable = [row for row in rows if isinstance(row, Row)]
+    examples: list[TrainingExample] = []
+    rejects: list[Reject] = []
+    if not readable:
+        return Loaded([], [r for r in rows if isinstance(r, Reject)], len(rows), "unreadable")
+    try:
+        found = settle(readable[:_PEEK], columns, path)
+    except UserError:
+        if len(readable) <= _PEEK:
+            raise
+        # A column may first appear late.
+        found = settle(readable, columns, path)
+    for row in rows:
+        made = row if isinstance(row, Reject) else to_example(row, found.columns, task_type)
+        if isinstance(made, Reject):
+            rejects.append(made)
+        else:
+            examples.append(made)
+    assert len(rows) == len(examples) + len(rejects)
+    return Loaded(examples, rejects, len(rows), found.name)
+
+
+class DatasetLoader:
+    """Loads examples from files; behaves as the list of them.
+
+    ``load_from_*`` return the loader itself, so that ``examples = loader.load_from_jsonl(path)`` can be looped over,
+    counted and indexed. Loading twice adds. Refused rows are in ``rejects``, and a warning counts them.
+
+    Args:
+        task_type: given to every example.
+    """
+
+    def __init__(self, task_type: TaskType | str = TaskType.CAUSAL_LM) -> None:
+        try:
+            self.task_type = TaskType(task_type)
+        except ValueError:
+            raise UserError(
+                f"unknown task type {task_type!r}", remedy=f"known: {', '.join(t.value for t in TaskType)}"
+            ) from None
+        self.examples: list[TrainingExample] = []
+        self.rejects: list[Reject] = []
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[TrainingExample]:
+        return iter(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> TrainingExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TrainingExample]: ...
+
+    def __getitem__(self, index: int | slice) -> TrainingExample | list[TrainingExample]:
+        return self.examples[index]
+
+    def load_from_json(self, path: str | Path, **columns: str) -> DatasetLoader:
+        """Add the rows of a JSON file: a list, or an object with the list under ``data``.
+
+        Args:
+            path: the file.
+            **columns: which column holds what, by the names of the recipe's ``data.columns``: prompt, response, …
+
+        Raises:
+            UserError: see :func:`load_file`.
+        """
+        return self._load(path, (".json",), columns)
+
+    def load_from_jsonl(self, path: str | Path, **columns: str) -> DatasetLoader:
+        """Add the rows of a file with one JSON object a line; see :meth:`load_from_json`."""
+        return self._load(path, (".jsonl", ".ndjson", ".json"), columns)
+
+    def load_from_csv(self, path: str | Path, **columns: str) -> DatasetLoader:
+        """Add the rows of a table whose first line names the columns; see :meth:`load_from_json`."""
+        return self._load(path, (".csv", ".tsv"), columns)
+
+    def load_from_parquet(self, path: str | Path, **columns: str) -> DatasetLoader:
+        """Add the rows of a Parquet file; see :meth:`load_from_json`."""
+        return self._load(path, (".parquet",), columns)
+
+    def _load(self, path: str | Path, kinds: tuple[str, ...], columns: dict[str, str]) -> DatasetLoader:
+        suffix = Path(path).suffix.lower()
+        if suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet") and suffix not in kinds:
+            raise UserError(
+                f"{Path(path).name!r} is no {kinds[0]} file", where=str(path), remedy=f"use load_from_{_verb(suffix)}"
+            )
+        unknown = sorted(set(columns) - set(Columns.model_fields))
+        if unknown:
+            raise UserError(f"unknown column role {unknown[0]!r}", remedy=f"known: {', '.join(Columns.model_fields)}")
+        loaded = load_file(path, Columns(**columns), self.task_type)
+        self.examples += loaded.examples
+        self.rejects += loaded.rejects
+        if loaded.rejects:
+            reasons = ", ".join(f"{r} {n}" for r, n in Counter(r.reason for r in loaded.rejects).most_common())
+            first = loaded.rejects[0]
+            warnings.warn(
+                f"{path}: {len(loaded.rejects)} of {loaded.rows_in} rows refused ({reasons}); first: "
+                f"{first.file}:{first.line}: {first.message}; all are in .rejects",
+                stacklevel=3,
+            )
+        return self
+
+    def get_training_data(self, format: str = "causal") -> list[str] | list[dict[str, str]] | list[list[Message]]:
+        """Every example as plain text (``causal``), as Alpaca's fields (``instruction``) or as turns (``chat``).
+
+        Raises:
+            UserError: another format is asked for, or an example does not fit it.
+        """
+        forms: dict[str, Any] = {
+            "causal": TrainingExample.to_causal_lm_format,
+            "instruction": TrainingExample.to_instruction_format,
+            "chat": TrainingExample.to_chat_format,
+        }
+        if format not in forms:
+            raise UserError(f"unknown format {format!r}", remedy=f"known: {', '.join(forms)}")
+        return [forms[format](example) for example in self.examples]
+
+    def split(
+        self, train_ratio: float = 0.8, val_ratio: float = 0.1, seed: int = 42
+    ) -> tuple[list[TrainingExample], list[TrainingExample], list[TrainingExample]]:
+        """Training, validation and test rows; see :func:`luthier.data.split.split_examples`."""
+        if not self.examples:
+            raise UserError("there are no examples to split", remedy="load a file first")
+        return split_examples(self.examples, train_ratio, val_ratio, seed)
+
+
+def _verb(suffix: str) -> str:
+    return {".tsv": "csv", ".ndjson": "jsonl"}.get(suffix, suffix.removeprefix("."))
