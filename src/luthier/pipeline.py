@@ -227,8 +227,7 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
             ready.model.save_pretrained(aside)  # type: ignore[operator]
             ready.tokenizer.save_pretrained(aside)
             if ready.method.adapter:
-                with _as_base(ready)() as base:
-                    write_fingerprint(aside, base)
+                write_fingerprint(aside, ready.base, ready.recipe.model.name)
         reloaded = load_saved(aside, dtype=next(ready.model.parameters()).dtype)
         parity = check_parity(
             ready.model,
@@ -297,7 +296,7 @@ def _as_base(ready: Prepared) -> Callable[[], Any]:
     def loaded() -> Iterator[torch.nn.Module]:
         spec = ready.recipe.model
         base = load_model(spec.name, revision=spec.revision, dtype=next(ready.model.parameters()).dtype)
-        yield base.to(ready.accelerator.device)  # type: ignore[arg-type]
+        yield base.to(ready.accelerator.device)
 
     return loaded
 

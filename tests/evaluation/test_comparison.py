@@ -157,6 +157,22 @@ def test_empty_answers_and_a_broken_request_are_noted(tokenizer, tiny_model):
         compare(models, tokenizer, [TrainingExample("hi")])
 
 
+def test_a_broken_model_is_noted_and_still_makes_valid_json(tokenizer, tiny_model):
+    broken = copy.deepcopy(tiny_model)
+    broken.model.norm.weight.data.fill_(float("nan"))
+    rows = [TrainingExample("hi", output="hello")]
+    comparison = compare(
+        [("base", lambda: nullcontext(tiny_model)), ("tuned", lambda: nullcontext(broken))],
+        tokenizer,
+        rows,
+        max_new_tokens=4,
+        encoded=Encoder(Renderer(tokenizer)).encode(rows).examples,
+    )
+    assert any("tuned: its perplexity is not a finite number" in n for n in comparison.notes)
+    assert json.loads(json.dumps(comparison.to_json(), allow_nan=False))["models"]["tuned"]["metrics"]["bleu"] == 0
+    assert "nan" in _printed(render_comparison(comparison))
+
+
 def test_a_tool_call_is_compared_as_the_template_writes_it(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (

@@ -121,3 +121,11 @@ def test_what_cannot_be_asked_is_named(base_model, tokenizer):
         generate_answers(base_model, tokenizer, ["a"], batch_size=0)
     with pytest.raises(UserError, match="one text"):
         generate_answers(base_model, tokenizer, "a")
+
+
+def test_a_model_without_a_cache_of_keys_is_refused(tokenizer):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UserError, match="MambaForCausalLM keeps no keys"):
+        generate_answers(model, tokenizer, ["hello"])

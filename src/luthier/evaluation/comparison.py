@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -61,8 +62,13 @@ class Comparison:
         for i, question in enumerate(self.questions):
             answers = {m.name: asdict(m.answers[i]) for m in self.models}
             rows.append(asdict(question) | {"answers": answers})
+        models = {}
+        for model in self.models:
+            # JSON has no NaN and no infinity.
+            values = {k: v if math.isfinite(v) else None for k, v in model.metrics.items()}
+            models[model.name] = {"metrics": values, "seconds": round(model.seconds, 3)}
         return {
-            "models": {m.name: {"metrics": m.metrics, "seconds": round(m.seconds, 3)} for m in self.models},
+            "models": models,
             "notes": self.notes,
             "bleu_signature": self.bleu_signature,
             "samples": self.samples,
@@ -165,6 +171,8 @@ def _suspicions(results: list[ModelResult], references: list[list[str]], limit: 
                 f"{result.name}: {cut} of {count} answers were cut at {limit} tokens, so their scores are those of "
                 "fragments; raise evaluation.max_new_tokens, or see whether the model has learnt to stop"
             )
+        if not math.isfinite(result.metrics.get("perplexity", 0.0)):
+            notes.append(f"{result.name}: its perplexity is not a finite number; its weights may be broken")
         if not any(result.metrics[m] for m in ("bleu", *metrics.ROUGE, "exact_match")) and empty < count:
             notes.append(f"{result.name}: every score is zero; do the references fit the questions?")
     base = results[0]
@@ -217,7 +225,7 @@ def _table(comparison: Comparison) -> RenderableType:
     from rich.table import Table
 
     base, tuned = comparison.models[:2]
-    table = Table(title=f"{len(comparison.questions)} held-out rows", title_justify="left")
+    table = Table(title=f"{len(comparison.questions)} rows", title_justify="left")
     table.add_column("")
     for model in comparison.models:
         table.add_column(model.name, justify="right")
@@ -274,7 +282,6 @@ def _marked(answer: Answer, reference: str) -> Text:
 
     if not answer.text.strip():
         return Text("(empty)", style="dim")
-    # The view must not depend on case or spacing of what it marks, so words are compared as they are read.
     said, right = _pieces(_visible(answer.text)), _pieces(reference)
     text = Text()
     for kind, begin, end, _, _ in SequenceMatcher(None, said, right, autojunk=False).get_opcodes():

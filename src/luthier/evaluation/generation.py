@@ -134,7 +134,12 @@ def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = out.past_key_values
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise UserError(
+                f"{type(model).__name__} keeps no keys and values between tokens, so it cannot be asked here",
+                remedy="set evaluation.enabled=false, or use a transformer",
+            )
         chosen = out.logits[:, -1].argmax(-1)  # [B]
         for row, token in zip(alive, chosen.tolist(), strict=True):
             new[row].append(token)

@@ -1,0 +1,136 @@
+"""An adapter becomes part of its base's weights: one plain model, behind the parity gate."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier.deployment.parity import ParityReport, check_parity, require
+from luthier.errors import UserError
+from luthier.methods.saved import load_saved
+from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens
+from luthier.training.checkpoint import writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORD = "luthier_merge.json"
+_PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "今天天气很好，我们")
+
+
+def merge_adapter(
+    adapter_path: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    prompts: Sequence[str] | None = None,
+) -> ParityReport:
+    """Merge a saved adapter into its base and save the result.
+
+    Args:
+        adapter_path: a run or adapter folder.
+        output_dir: an empty or new folder, or one that holds an earlier merge.
+        dtype: precision of the merged weights; None: the base's.
+        prompts: rendered texts for the parity gate; None: a few plain ones.
+
+    Raises:
+        UserError: there is no adapter, the folder is in use, the disk is full, or the parity gate refuses.
+    """
+    saved = load_saved(adapter_path, dtype=dtype)
+    if saved.kind != "adapter":
+        raise UserError(f"{str(adapter_path)!r} holds no adapter", remedy="name the folder of a LoRA run")
+    return merge_model(saved.model, saved.tokenizer, output_dir, prompts=prompts)
+
+
+def merge_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    *,
+    prompts: Sequence[str] | None = None,
+) -> ParityReport:
+    """Merge a PEFT model into one plain model and save it with its tokenizer, template and stop tokens.
+
+    The low-rank product is formed and added in float32 and rounded once to the weights' precision. The result is
+    written aside, loaded again as any user would, compared with the unmerged model, and renamed when it passes.
+
+    Args:
+        model: a PEFT model whose method merges; it is left as it was.
+        tokenizer: saved beside the weights.
+        output_dir: an empty or new folder, or one that holds an earlier merge.
+        prompts: rendered texts for the parity gate; None: a few plain ones.
+
+    Raises:
+        UserError: the folder is in use, the disk is full, or the parity gate refuses; nothing is left behind.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        raise UserError("this model has no adapter to merge", remedy="use the folder of the tuned model as it is")
+    target = Path(output_dir).expanduser()
+    _claim(target)
+    aside = target.parent / f".writing-{target.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with writing(target):
+            aside.mkdir(parents=True)
+            merged = _merged(model)
+            set_stop_tokens(merged, tokenizer)
+            merged.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        reloaded = load_model(aside, dtype=merged.dtype)
+        report = check_parity(
+            model,
+            reloaded,
+            tokenizer,
+            prompts or _PROMPTS,
+            base=model,
+            candidate_tokenizer=load_tokenizer(aside),
+            name="merged",
+        )
+        require(report)
+        with writing(target):
+            (aside / RECORD).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            if target.exists():
+                shutil.rmtree(target)
+            aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _claim(target: Path) -> None:
+    """Only an empty folder or an earlier merge is written over."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{str(target)!r} is a file", remedy="name a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
+        raise UserError(
+            f"{str(target)!r} is not empty and holds no earlier merge",
+            remedy="name another folder; nothing was touched",
+        )
+
+
+def _merged(model: Any) -> Any:
+    """A merged copy: added in float32, rounded once to the precision of each weight."""
+    fine = copy.deepcopy(model)
+    dtype = next(fine.parameters()).dtype
+    merged = fine.float().merge_and_unload().to(dtype)
+    _separate_heads(merged)
+    return merged
+
+
+def _separate_heads(merged: Any) -> None:
+    """Where training has made input and output embeddings differ, the saved model must not tie them again."""
+    inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
+    config = merged.config.get_text_config()
+    if outputs is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if not torch.equal(inputs.weight, outputs.weight):
+        config.tie_word_embeddings = False
+        merged.config.tie_word_embeddings = False
+    elif inputs.weight is not outputs.weight:
+        outputs.weight = inputs.weight

@@ -1,0 +1,251 @@
+"""The parity gate: a model handed over must read and answer as the one it was made from.
+
+The same prompts must give the same tokens through the candidate's own tokenizer and template, and logits that differ
+by no more than rounding does. How much rounding does is measured, not assumed: the reference's own logits in its
+precision are compared with those of the same weights in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from luthier.data.render import RenderError, end_of_turn_ids, template_text
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# How often the measured rounding a candidate may differ. An honest merge rounds each weight once more, which moved
+# the mean divergence of SmolLM2 by 1 to 1.5 times the noise; the faults in tests/deployment move it by 10 and more.
+MULTIPLE = 4.0
+# Rounding of a float32 reference, which has no finer one to be measured against: mean |Δ log-probability|.
+FLOAT32_NOISE = 1e-4
+_TOKENS = 512
+
+_TURNS = [
+    {"role": "user", "content": "What is the answer?"},
+    {"role": "assistant", "content": "It is 42.\n\n  是的。 🙂"},
+    {"role": "user", "content": "Why?"},
+]
+
+
+@dataclass(slots=True)
+class ParityReport:
+    """What was measured at one hand-over."""
+
+    name: str
+    passed: bool
+    reasons: list[str]
+    """Why it fails, in words."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Mean and greatest |Δ log-probability| of candidate and of rounding, mean KL divergence (nats), share of
+    positions with the same likeliest token, and, where a base was given, how far tuning has moved the model."""
+    prompts: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the manifest holds."""
+        return asdict(self)
+
+
+def check_parity(
+    reference: Any,
+    candidate: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    base: Any | None = None,
+    candidate_tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str = "candidate",
+    exact: bool = False,
+) -> ParityReport:
+    """Compare a candidate with the model it was made from.
+
+    Args:
+        reference: the model that was tested; plain or PEFT.
+        candidate: the model to hand over.
+        tokenizer: the reference's tokenizer.
+        prompts: rendered texts.
+        base: the untuned model, or a PEFT model whose adapter is switched off to get it; where given, the
+            candidate must be nearer to the reference than the base is.
+        candidate_tokenizer: the tokenizer that travels with the candidate.
+        name: of the hand-over, for the report.
+        exact: the same weights in the same precision: logits must be equal bit for bit.
+
+    Returns:
+        the report; :func:`require` raises where it fails.
+    """
+    if not prompts:
+        raise UserError("the parity gate has no prompt to ask", remedy="give at least one row")
+    travelled = candidate_tokenizer if candidate_tokenizer is not None else tokenizer
+    reasons = [*_tokens_differ(tokenizer, travelled, prompts), *_stops_missing(candidate, travelled)]
+    numbers: dict[str, float] = {}
+    ids = [tokenizer(p, add_special_tokens=False).input_ids[-_TOKENS:] for p in prompts]
+    ours = [_log_probabilities(reference, i) for i in ids]
+    theirs = [_log_probabilities(candidate, i) for i in ids]
+    if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        reasons.append(f"the vocabulary has {theirs[0].shape[-1]:,} rows, it had {ours[0].shape[-1]:,}")
+        return ParityReport(name, False, reasons, numbers, len(prompts))
+    apart = _distance(ours, theirs)
+    numbers |= {f"candidate_{k}": v for k, v in apart.items()}
+    noise = {"mean": 0.0, "max": 0.0}
+    if exact:
+        if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+            reasons.append(f"logits differ by up to {apart['max']:.3g} where they must be equal bit for bit")
+    else:
+        noise = _rounding(reference, ids, ours)
+        numbers |= {f"rounding_{k}": v for k, v in noise.items()}
+        for key in ("mean", "kl"):
+            bound = MULTIPLE * noise[key]
+            if not apart[key] <= bound:
+                reasons.append(
+                    f"{_NAMES[key]} is {apart[key]:.3g}, {apart[key] / noise[key]:.1f} times rounding "
+                    f"({noise[key]:.3g}); the bound is {MULTIPLE:g} times"
+                )
+        flipped = _flipped(ours, theirs, MULTIPLE * noise["max"])
+        if flipped:
+            reasons.append(f"the likeliest token changes at {flipped} positions where rounding cannot change it")
+    if base is not None:
+        untouched = _base_log_probabilities(base, ids)
+        moved = _distance(ours, untouched)["mean"]
+        numbers["tuning_mean"] = moved
+        if moved == 0:
+            reasons.append("the tuned model does not differ from its base: nothing was learnt, or the adapter is off")
+        elif not moved > apart["mean"]:
+            reasons.append(
+                f"the candidate lies as far from the tuned model ({apart['mean']:.3g}) as the base does ({moved:.3g}): "
+                "what was learnt is lost in its rounding"
+            )
+    return ParityReport(name, not reasons, reasons, numbers, len(prompts))
+
+
+def require(report: ParityReport) -> None:
+    """Let a hand-over go on, or not.
+
+    Raises:
+        UserError: the report has not passed.
+    """
+    if not report.passed:
+        raise UserError(
+            f"the parity gate refuses the {report.name} model: {'; '.join(report.reasons)}",
+            remedy="nothing was written; the model it was made from is untouched",
+        )
+
+
+def _tokens_differ(
+    tokenizer: PreTrainedTokenizerBase, travelled: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[str]:
+    """Whether prompts and conversations give other tokens, or other texts, on the other side."""
+    if travelled is tokenizer:
+        return []
+    reasons = []
+    if not travelled.chat_template:
+        return ["the chat template was lost"]
+    for prompt in prompts:
+        ids = [t(prompt, add_special_tokens=False).input_ids for t in (tokenizer, travelled)]
+        if ids[0] != ids[1]:
+            reasons.append("the tokenizer gives other tokens for the same text")
+            break
+    for turns in (_TURNS[:1], _TURNS):
+        texts = []
+        for t in (tokenizer, travelled):
+            try:
+                texts.append(template_text(t, turns, add_generation_prompt=True))
+            except RenderError as error:
+                texts.append(str(error))
+        if texts[0] != texts[1]:
+            reasons.append("the chat template renders another text")
+            break
+    return reasons
+
+
+def _stops_missing(candidate: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    eos = getattr(candidate.generation_config, "eos_token_id", None)
+    known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    missing = [i for i in end_of_turn_ids(tokenizer) if i not in known]
+    if not missing:
+        return []
+    names = ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens(missing))
+    return [f"generation does not stop at {names}, which ends an answer"]
+
+
+@torch.no_grad()
+def _log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """``[n, V] float32`` on CPU, computed with plain attention, whatever the model uses otherwise."""
+    was, native = model.training, model.config._attn_implementation
+    model.eval()
+    if native != "sdpa":
+        model.set_attn_implementation("sdpa")
+    try:
+        device = next(model.parameters()).device
+        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
+        return logits.float().log_softmax(-1).cpu()
+    finally:
+        if native != "sdpa":
+            model.set_attn_implementation(native)
+        model.train(was)
+
+
+def _base_log_probabilities(base: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    if hasattr(base, "disable_adapter"):
+        with base.disable_adapter():
+            return [_log_probabilities(base, i) for i in ids]
+    return [_log_probabilities(base, i) for i in ids]
+
+
+def _rounding(reference: Any, ids: Sequence[Sequence[int]], ours: list[torch.Tensor]) -> dict[str, float]:
+    """How far the reference's logits lie from those of the same weights computed in float32."""
+    if next(reference.parameters()).dtype == torch.float32:
+        return {"mean": FLOAT32_NOISE, "max": 100 * FLOAT32_NOISE, "kl": FLOAT32_NOISE}
+    fine = copy.deepcopy(reference).float()
+    return _distance(ours, [_log_probabilities(fine, i) for i in ids])
+
+
+def _distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:
+    """Mean and greatest |Δ log-probability| over likely tokens, and mean KL divergence.
+
+    Tokens that neither model would say (probability below 1e-4) are left out: their log-probabilities are large,
+    noisy and of no consequence.
+    """
+    total, count, greatest, kl, positions, same = 0.0, 0, 0.0, 0.0, 0, 0
+    for a, b in zip(ours, theirs, strict=True):
+        likely = torch.maximum(a, b) > -9.2
+        differences = (a - b).abs()[likely]
+        total += float(differences.sum())
+        count += len(differences)
+        greatest = max(greatest, float(differences.max()))
+        kl += float((a.exp() * (a - b)).sum())
+        positions += len(a)
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+    return {"mean": total / count, "max": greatest, "kl": max(0.0, kl / positions), "same_top": same / positions}
+
+
+def _flipped(ours: list[torch.Tensor], theirs: list[torch.Tensor], bound: float) -> int:
+    """Positions whose likeliest token changes although it led by more than the bound."""
+    count = 0
+    for a, b in zip(ours, theirs, strict=True):
+        top = a.topk(2, -1).values
+        sure = top[:, 0] - top[:, 1] > 2 * bound
+        count += int((sure & (a.argmax(-1) != b.argmax(-1))).sum())
+    return count
+
+
+_NAMES = {"mean": "the mean |Δ log-probability|", "kl": "the mean KL divergence"}
+
+
+def render_parity(report: ParityReport) -> Table:
+    """The report as a table."""
+    table = Table(title=f"parity: {report.name}, {report.prompts} prompts", title_justify="left")
+    table.add_column("measured")
+    table.add_column("value", justify="right")
+    for key, value in report.numbers.items():
+        table.add_row(key.replace("_", " "), f"{value:.4g}")
+    verdict = Text("passed", style="green") if report.passed else Text("; ".join(report.reasons), style="red")
+    table.add_row("verdict", verdict)
+    return table

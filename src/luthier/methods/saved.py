@@ -1,0 +1,169 @@
+"""Tuned weights as they lie on disk: a run, adapter or model folder, loaded as any user would load it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier.errors import UserError
+from luthier.models.catalogue import CATALOGUE
+from luthier.models.loading import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BASE_RECORD = "luthier_base.json"
+
+
+@dataclass(slots=True)
+class SavedModel:
+    """A tuned model and where it comes from."""
+
+    model: Any
+    """A plain transformers model, or a PEFT model around its base."""
+    tokenizer: PreTrainedTokenizerBase
+    kind: str
+    """``adapter`` or ``model``"""
+    base_name: str | None
+    """The base, by the name that loads it; None where the folder does not say."""
+
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[Any]:
+        """The untouched base, for as long as the context lasts.
+
+        Raises:
+            UserError: the folder does not say which model it was tuned from.
+        """
+        if self.kind == "adapter":
+            with self.model.disable_adapter():
+                yield self.model
+            return
+        if self.base_name is None:
+            raise UserError("this folder does not say which model it was tuned from", remedy="name the run's folder")
+        yield load_model(self.base_name, dtype=self.model.dtype)
+
+
+def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedModel:
+    """Load what a run has saved.
+
+    Args:
+        path: a run folder, an adapter folder, a model folder, an embedded model's name or a hub id.
+        dtype: precision of the weights; None: as the base is stored.
+
+    Raises:
+        UserError: nothing is there, the folder is half of one, or the adapter was trained on another base.
+    """
+    text = str(path)
+    folder = Path(text).expanduser()
+    if text in CATALOGUE or not folder.is_dir():
+        return SavedModel(load_model(text, dtype=dtype), load_tokenizer(text), "model", text)
+    base = _base_of_run(folder)
+    if (folder / "manifest.json").is_file():
+        inner = next((folder / n for n in ("adapter", "model") if (folder / n).is_dir()), None)
+        if inner is None:
+            raise UserError(
+                f"the run in {text!r} has saved no model yet",
+                where=text,
+                remedy="finish it with `luthier train RECIPE --resume`",
+            )
+        folder = inner
+    if not (folder / "adapter_config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{text!r} holds no model and no adapter", where=text, remedy="name a run or model folder")
+        return SavedModel(load_model(folder, dtype=dtype), load_tokenizer(folder), "model", base)
+    return _adapter(folder, dtype)
+
+
+def _base_of_run(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["model"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
+    from peft import PeftModel
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"adapter_config.json is no JSON: {error}", where=str(folder), remedy="save it again") from None
+    record = _record(folder)
+    if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
+        raise UserError("the adapter has no weights", where=str(folder), remedy="it was saved in part; save it again")
+    # The embedded name finds its folder on any machine; the config holds a path of the one that trained.
+    recorded = record.get("base")
+    name = str(recorded if recorded in CATALOGUE else config.get("base_model_name_or_path") or recorded or "")
+    if not name:
+        raise UserError("the adapter does not name its base", where=str(folder), remedy="set base_model_name_or_path")
+    base = load_model(name, dtype=dtype)
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(name)
+    rows = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
+    if record.get("rows", rows) > rows:
+        # Tokens were added in training; their rows come with the adapter.
+        base.resize_token_embeddings(record["rows"], mean_resizing=False)
+    expected, got = record.get("fingerprint"), fingerprint(base)
+    if expected is not None and expected != got:
+        raise UserError(
+            f"the adapter was trained on another base than {name!r} (fingerprint {expected[:12]}, this one {got[:12]})",
+            where=str(folder / BASE_RECORD),
+            remedy="load the base it was trained on",
+        )
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the adapter does not fit its base {name!r}: {first}", where=str(folder), remedy="check both folders"
+        ) from None
+    return SavedModel(model.eval(), tokenizer, "adapter", name)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / BASE_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def fingerprint(model: Any) -> str:
+    """A cheap SHA-256 of a model: its parameters' names and shapes, and a few values of each, as bfloat16.
+
+    The same weights in float32 and bfloat16 have the same fingerprint. Adapter parameters do not count, nor do
+    embeddings, which grow with added tokens.
+    """
+    digest = hashlib.sha256()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    for name, parameter in base.named_parameters():
+        if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save", "original_module")):
+            continue
+        if parameter.shape[0] == vocabulary:
+            continue
+        flat = parameter.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
+        plain = name.replace(".base_layer", "")
+        digest.update(f"{plain}{tuple(parameter.shape)}".encode())
+        digest.update(picked.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_fingerprint(adapter_dir: Path, base: Any, name: str) -> None:
+    """Write which base an adapter belongs to, as ``luthier_base.json`` beside it.
+
+    Args:
+        adapter_dir: the adapter's folder.
+        base: the base, or the PEFT model around it.
+        name: the name that loads the base.
+    """
+    rows = int(base.get_input_embeddings().weight.shape[0])
+    record = {"base": name, "fingerprint": fingerprint(base), "rows": rows}
+    (adapter_dir / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
