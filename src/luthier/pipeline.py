@@ -29,7 +29,7 @@ from luthier.evaluation.comparison import Comparison, compare, render_comparison
 from luthier.methods import get_method
 from luthier.methods.base import TuningMethod
 from luthier.methods.saved import fingerprint, load_saved, write_fingerprint
-from luthier.models.loading import add_tokens, load_model, load_tokenizer, set_stop_tokens, training_dtype
+from luthier.models.loading import add_tokens, load_model, load_tokenizer, set_stop_tokens, training_dtype, without_bars
 from luthier.recipe import Recipe
 from luthier.runfolder import RunFolder
 from luthier.training.checkpoint import writing
@@ -223,7 +223,7 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
     target, aside = folder.path / kind, folder.path / f".writing-{kind}"
     _remove(aside)
     try:
-        with writing(target):
+        with writing(target), without_bars():
             ready.model.save_pretrained(aside)  # type: ignore[operator]
             ready.tokenizer.save_pretrained(aside)
             if ready.method.adapter:

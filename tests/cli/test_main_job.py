@@ -162,7 +162,7 @@ def test_a_folder_of_the_users_is_never_touched(luthier, rows_file, tiny_model_d
         (["train", "recipe.yaml", "--resume", "output_dir=new"], "no run to resume"),
         (["train", "recipe.yaml", "output_dir=rows.jsonl"], "is a file"),
         (["train", "recipe.yaml", "training.report_to=[nosuch]"], "report_to"),
-        (["init", "nowhere.csv"], "nowhere.csv"),
+        (["init", "nowhere.csv", "-o", "x.yaml"], "nowhere.csv"),
         (["init", "rows.jsonl"], "exists"),
         (["init", "rows.jsonl", "-o", "x.yaml", "--method", "magic"], "unknown method"),
         (["evaluate", "nowhere"], "no folder"),

@@ -14,7 +14,7 @@ import torch
 from luthier.deployment.parity import ParityReport, check_parity, require
 from luthier.errors import UserError
 from luthier.methods.saved import load_saved
-from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens
+from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens, without_bars
 from luthier.training.checkpoint import writing
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def merge_model(
     aside = target.parent / f".writing-{target.name}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with writing(target):
+        with writing(target), without_bars():
             aside.mkdir(parents=True)
             merged = _merged(model)
             set_stop_tokens(merged, tokenizer)

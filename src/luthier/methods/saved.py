@@ -105,7 +105,7 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
         raise UserError("the adapter does not name its base", where=str(folder), remedy="set base_model_name_or_path")
     base = load_model(name, dtype=dtype)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(name)
-    rows = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
+    rows = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if record.get("rows", rows) > rows:
         # Tokens were added in training; their rows come with the adapter.
         base.resize_token_embeddings(record["rows"], mean_resizing=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +72,10 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    place, options = _place(resolve_model(name), revision)
+    own = Path(name).expanduser()
+    # An adapter's folder holds a tokenizer and no model.
+    resolved = str(own) if (own / "tokenizer_config.json").is_file() else resolve_model(name)
+    place, options = _place(resolved, revision)
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     if chat_template is not None:
@@ -102,25 +107,32 @@ def load_model(name: str | Path, *, dtype: torch.dtype | None = None, revision: 
         UserError: nothing is found under that name, or its files are incomplete.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging
 
     place, options = _place(resolve_model(name), revision)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _explained(name):
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **options)
-        finally:
-            if bars:
-                logging.enable_progress_bar()
+    with _explained(name), without_bars():
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **options)
     if "gguf_file" in options:
         model.name_or_path = resolve_model(name)
     elif Path(place).is_dir():
         # An adapter's config names its base by this: an absolute path is found from any working folder.
         model.name_or_path = str(Path(place).resolve())
     return model.eval()
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars of loading and saving, which would break the run's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
