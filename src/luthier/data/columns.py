@@ -60,7 +60,7 @@ class Proposal:
     notes: list[str] = field(default_factory=list)
 
 
-def recognise(keys: Iterable[str]) -> Format | None:
+def recognise(keys: Iterable[str], path: str | Path) -> Format | None:
     """The format of rows with these keys; None where there is nothing to recognise.
 
     Raises:
@@ -70,6 +70,7 @@ def recognise(keys: Iterable[str]) -> Format | None:
     if {"chosen", "rejected"} <= have:
         raise UserError(
             "the rows are preference pairs (chosen, rejected), not examples to imitate",
+            where=str(path),
             remedy="to imitate the chosen answers, set data.columns: {prompt: prompt, response: chosen}",
         )
     common: dict[str, Any] = {"system": "system" if "system" in have else None}
@@ -129,7 +130,7 @@ def settle(rows: Sequence[Row], columns: Columns | None, path: str | Path) -> Fo
                 remedy="name data.columns.response, or data.columns.text for plain text that is trained whole",
             )
         return Format("columns named in the recipe", Columns(**named))
-    found = recognise(keys)
+    found = recognise(keys, path)
     if found is None:
         raise UserError(
             f"the columns {', '.join(map(repr, keys))} are of no known format",

@@ -265,9 +265,6 @@ def _row(value: Any, path: Path, line: int) -> Row | Reject:
 
 def _csv(text: str, path: Path, delimiter: str | None) -> Iterator[Row | Reject]:
     csv.field_size_limit(2**31 - 1)
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError("the file holds zero bytes", where=f"{path}:{line}", remedy="save it as text in UTF-8")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(text), strict=True)
     try:
         header = [name.strip() for name in next(reader)]
