@@ -41,7 +41,7 @@ def test_there_are_enough_rows_and_none_twice(parts):
 
 def test_held_out_sentences_names_and_items_are_never_trained(maker, parts):
     def skeletons(part):
-        return {t for t in maker.TEMPLATES[part].strip().split("\n")}
+        return set(maker.TEMPLATES[part].strip().split("\n"))
 
     for other in ("validation", "test"):
         assert not skeletons("train") & skeletons(other)
@@ -61,7 +61,7 @@ def test_every_record_follows_from_its_text(parts):
             text = row["prompt"]
             assert record["name"] in text and record["item"] in text
             assert re.search(rf"\b{record['quantity']}\b", text)
-            year, month, day = record["date"].split("-")
+            year, _month, day = record["date"].split("-")
             assert year in text and re.search(rf"\b0?{int(day)}(st|nd|rd|th)?\b", text)
             assert f"{record['amount']:,.2f}".removesuffix(".00") in text
             symbols = {"USD": ("$", "dollars", "USD"), "EUR": ("€", "euros", "EUR"), "GBP": ("£", "pounds", "GBP")}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from luthier.data.examples import TrainingExample
-from luthier.errors import UserError
+from luthier.errors import UserError, shorten
 
 Augmenter = Callable[..., str]
 """From a text to a variant of it; may take a :class:`random.Random` as its second argument."""
@@ -74,15 +74,21 @@ class DataAugmentor:
         return [*examples, *made]
 
     def _variant(self, example: TrainingExample, augmenter: Augmenter, rng: random.Random) -> TrainingExample | None:
-        """A variant of an example, or None where its text came back as it was."""
-        metadata = {**(example.metadata or {}), "augmented_by": getattr(augmenter, "__name__", "augmenter")}
+        """A variant of an example, or None where its text came back as it was or all of it is trained."""
+        if example.is_plain_text and example.label is None:
+            return None
+        metadata = {
+            **(example.metadata or {}),
+            "augmented_by": getattr(augmenter, "__name__", "augmenter"),
+            "augmented_from": str(example.source) if example.source else None,
+        }
         if example.messages is None:
-            text = _apply(augmenter, example.input, rng)
+            text = _apply(augmenter, example.input, rng, example)
             return None if text == example.input else replace(example, input=text, metadata=metadata)
         messages = [dict(m) for m in example.messages]
         for message in reversed(messages):
             if message["role"] == "user":
-                text = _apply(augmenter, message["content"], rng)
+                text = _apply(augmenter, message["content"], rng, example)
                 if text == message["content"]:
                     return None
                 message["content"] = text
@@ -125,15 +131,23 @@ def _slip(word: str, rng: random.Random) -> str:
     return word[: at + 1] + word[at:] if kind == "double" else word[:at] + word[at + 1 :]
 
 
-def _apply(augmenter: Augmenter, text: str, rng: random.Random) -> str:
-    """Call an augmenter, with the seeded chance where it takes it."""
+def _apply(augmenter: Augmenter, text: str, rng: random.Random, example: TrainingExample) -> str:
+    """Call an augmenter, with the seeded chance where it takes it.
+
+    Raises:
+        UserError: it fails, or gives back no text.
+    """
+    name = getattr(augmenter, "__name__", repr(augmenter))
+    where = str(example.source) if example.source else f"the example {shorten(text)}"
     try:
         positional = len(inspect.signature(augmenter).parameters) > 1
     except (TypeError, ValueError):
         positional = False
-    varied = augmenter(text, rng) if positional else augmenter(text)
+    try:
+        varied = augmenter(text, rng) if positional else augmenter(text)
+    except Exception as error:
+        what = f"the augmenter {name!r} failed: {type(error).__name__}: {error}"
+        raise UserError(what, where=where, remedy="mend the augmenter") from error
     if not isinstance(varied, str):
-        raise UserError(
-            f"the augmenter {getattr(augmenter, '__name__', augmenter)!r} returned {type(varied).__name__}, not text"
-        )
+        raise UserError(f"the augmenter {name!r} returned {type(varied).__name__}, not text", where=where)
     return varied

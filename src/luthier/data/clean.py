@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from luthier.data.examples import TrainingExample
-from luthier.errors import UserError
+from luthier.data.examples import Reject, Source, TrainingExample
+from luthier.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,17 +22,25 @@ _JOINERS = {"\u200c", "\u200d"}
 
 
 class DataPreprocessor:
-    """Cleans texts and examples with the cleaners that were added, in their order; without any, nothing changes."""
+    """Cleans texts and examples with the cleaners that were added, in their order; without any, nothing changes.
+
+    Rows of which cleaning left nothing to ask or to answer are in ``rejects``, and a warning counts them.
+    """
 
     def __init__(self) -> None:
         self.cleaners: list[Cleaner] = []
+        self.rejects: list[Reject] = []
 
-    def add_cleaner(self, cleaner: Cleaner) -> DataPreprocessor:
-        """Add a function from text to text.
+    def add_cleaner(self, cleaner: Cleaner | str) -> DataPreprocessor:
+        """Add a function from text to text, or the name of a built-in one.
 
         Raises:
-            UserError: it cannot be called.
+            UserError: it cannot be called, or no built-in has that name.
         """
+        if isinstance(cleaner, str):
+            if cleaner not in _BUILT_IN:
+                raise UserError(f"no cleaner is called {cleaner!r}", remedy=f"known: {', '.join(_BUILT_IN)}")
+            cleaner = getattr(self, cleaner)
         if not callable(cleaner):
             raise UserError(
                 f"a cleaner must be a function from text to text, not {type(cleaner).__name__}",
@@ -41,14 +50,27 @@ class DataPreprocessor:
         return self
 
     def clean_text(self, text: str) -> str:
-        """The text after every cleaner."""
+        """The text after every cleaner.
+
+        Raises:
+            UserError: a cleaner gave back something else.
+        """
         for cleaner in self.cleaners:
-            text = cleaner(text)
+            cleaned = cleaner(text)
+            if not isinstance(cleaned, str):
+                name = getattr(cleaner, "__name__", repr(cleaner))
+                raise UserError(f"the cleaner {name!r} returned {type(cleaned).__name__}, not text")
+            text = cleaned
         return text
 
     def clean_examples(self, examples: Iterable[TrainingExample]) -> list[TrainingExample]:
-        """Every example with its texts cleaned; the ones given stay as they are, and none is dropped."""
-        cleaned = []
+        """Every example with its texts cleaned; the ones given stay as they are.
+
+        A row of which cleaning left no prompt or no answer is not returned but added to ``rejects``: an empty
+        answer would teach the model to say nothing.
+        """
+        cleaned: list[TrainingExample] = []
+        refused: list[Reject] = []
         for example in examples:
             messages = None
             if example.messages is not None:
@@ -57,7 +79,21 @@ class DataPreprocessor:
                     for m in example.messages
                 ]
             output = None if example.output is None else self.clean_text(example.output)
-            cleaned.append(replace(example, input=self.clean_text(example.input), output=output, messages=messages))
+            made = replace(example, input=self.clean_text(example.input), output=output, messages=messages)
+            emptied = next(
+                (b for b, a in zip(_texts(example), _texts(made), strict=True) if b.strip() and not a.strip()), None
+            )
+            if emptied is None:
+                cleaned.append(made)
+            else:
+                refused.append(_emptied(example, emptied))
+        self.rejects += refused
+        if refused:
+            warnings.warn(
+                f"cleaning emptied {len(refused)} of {len(refused) + len(cleaned)} rows; first: {refused[0].file}:"
+                f"{refused[0].line}: {refused[0].message}; all are in .rejects",
+                stacklevel=2,
+            )
         return cleaned
 
     @staticmethod
@@ -82,7 +118,7 @@ class DataPreprocessor:
 
     @staticmethod
     def truncate_by_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Cleaner:
-        """A cleaner that keeps the first ``max_tokens`` tokens of a text, cut between characters.
+        """A cleaner that keeps at most the first ``max_tokens`` tokens of a text, cut between characters.
 
         Raises:
             UserError: max_tokens is below 1.
@@ -93,10 +129,27 @@ class DataPreprocessor:
         def truncate(text: str) -> str:
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             offsets = encoded["offset_mapping"]
-            # Offsets name whole characters, so that none is cut in two.
-            return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
+            if len(offsets) <= max_tokens:
+                return text
+            # A character may be several tokens; where the limit falls inside one, all of it goes.
+            return text[: min(offsets[max_tokens - 1][1], offsets[max_tokens][0])]
 
         return truncate
+
+
+_BUILT_IN = ("remove_special_chars", "normalize_whitespace", "remove_empty_lines")
+
+
+def _texts(example: TrainingExample) -> list[str]:
+    """The texts of an example that cleaning must not empty."""
+    said = [m["content"] for m in example.messages or [] if isinstance(m.get("content"), str)]
+    return [example.input, example.output or "", *said]
+
+
+def _emptied(example: TrainingExample, text: str) -> Reject:
+    source = example.source or Source("examples given in Python", 0)
+    message = f"cleaning left nothing of {shorten(text)}"
+    return Reject(source.file, source.line, "emptied", message, value=shorten(text), remedy="use gentler cleaners")
 
 
 def _unseen(character: str) -> bool:

@@ -36,6 +36,7 @@ RESPONSES = (
 )
 TEXTS = ("text", "content", "review", "sentence", "文本", "正文", "内容", "评论")
 LABELS = ("label", "labels", "category", "class", "标签", "类别", "分类")
+INPUTS = ("input", "context", "输入", "上下文")
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "对话")
 _PEEK = 1_000
 
@@ -67,7 +68,7 @@ def recognise(keys: Iterable[str], path: str | Path) -> Format | None:
         UserError: the rows are preference pairs, which are no examples to imitate.
     """
     have = set(keys)
-    if {"chosen", "rejected"} <= have:
+    if "chosen" in have and ("rejected" in have or not _first(RESPONSES, have)):
         raise UserError(
             "the rows are preference pairs (chosen, rejected), not examples to imitate",
             where=str(path),
@@ -86,7 +87,9 @@ def recognise(keys: Iterable[str], path: str | Path) -> Format | None:
         return Format("Alpaca", Columns(prompt="instruction", input=more, response="output", **common))
     prompt, response = _first(PROMPTS, have), _first(RESPONSES, have)
     if prompt and response:
-        return Format(f"{prompt}/{response}", Columns(prompt=prompt, response=response, label=label, **common))
+        more = _first(INPUTS, have - {prompt})
+        name = f"{prompt}+{more}/{response}" if more else f"{prompt}/{response}"
+        return Format(name, Columns(prompt=prompt, input=more, response=response, label=label, **common))
     text = _first(TEXTS, have)
     if (text or prompt) and label:
         return Format(f"{text or prompt} with {label}", Columns(prompt=text or prompt, label=label, **common))
@@ -152,7 +155,7 @@ def propose(path: str | Path) -> Proposal:
         first = next(r for r in head if isinstance(r, Reject))
         raise UserError(first.message, where=f"{first.file}:{first.line}", remedy=first.remedy)
     found = settle(rows, None, path)
-    used = {v for v in found.columns.model_dump().values() if v is not None} | {"history"}
+    used = _used(found.columns)
     unused = [key for key in rows[0].values if key not in used]
     notes = [f"kept as metadata, not trained: {', '.join(unused)}"] if unused else []
     if found.columns.label and not found.columns.response:
@@ -160,16 +163,31 @@ def propose(path: str | Path) -> Proposal:
     return Proposal(found.name, found.columns, encoding_of(path), len(head), notes)
 
 
+def _used(columns: Columns) -> set[str]:
+    """The columns whose content goes into an example; all others stay in its metadata."""
+    parts = columns.model_dump(exclude_none=True)
+    if columns.text:
+        return {parts[k] for k in ("text", "label") if k in parts}
+    if columns.messages:
+        return {parts[k] for k in ("messages", "system", "tools", "references", "label") if k in parts}
+    return {parts[k] for k in parts if k not in ("text", "messages")} | {"history"}
+
+
 def to_example(row: Row, columns: Columns, task_type: TaskType = TaskType.CAUSAL_LM) -> TrainingExample | Reject:
     """A row as an example, or as the reject that says why it cannot be one. No text is altered."""
     values = row.values
-    used = {v for v in columns.model_dump().values() if v is not None}
+    used = _used(columns)
     try:
+        if columns.text:
+            label = _label(values, columns)
+            kept = {k: v for k, v in values.items() if k not in used}
+            text = _text(values, columns.text, "text")
+            return TrainingExample(text, label=label, metadata=kept, task_type=task_type, source=row.source)
         system = _text(values, columns.system, "system", optional=True) if columns.system else None
         tools = parse_tools(values.get(columns.tools), columns.tools) if columns.tools else None
         common: dict[str, Any] = {
-            "label": values.get(columns.label) if columns.label else None,
-            "metadata": {k: v for k, v in values.items() if k not in used and k != "history"},
+            "label": _label(values, columns),
+            "metadata": {k: v for k, v in values.items() if k not in used},
             "task_type": task_type,
             "tools": tools,
             "source": row.source,
@@ -177,11 +195,12 @@ def to_example(row: Row, columns: Columns, task_type: TaskType = TaskType.CAUSAL
         references = _references(values, columns)
         if columns.messages:
             turns = checked_turns(values.get(columns.messages), columns.messages)
-            if system and turns[0]["role"] not in ("system", "developer"):
+            if system and turns[0]["role"] in ("system", "developer"):
+                # The conversation has its own; the column's stays readable.
+                common["metadata"][columns.system] = system
+            elif system:
                 turns.insert(0, {"role": "system", "content": system})
             return TrainingExample(messages=turns, references=references, **common)
-        if columns.text:
-            return TrainingExample(input=_text(values, columns.text, "text"), **common)
         prompt = _text(values, columns.prompt, "prompt")
         more = _text(values, columns.input, "prompt", optional=True) if columns.input else None
         if more:
@@ -227,13 +246,27 @@ def _text(values: dict[str, Any], column: str | None, part: str, *, optional: bo
 def _answer(values: dict[str, Any], columns: Columns) -> tuple[str, list[str]]:
     """The answer, and further right ones where the column holds a list of texts."""
     column = columns.response or columns.label
-    value = values.get(column or "")
+    value = values.get(column or "") if columns.response else _label(values, columns)
     if isinstance(value, list) and value and all(isinstance(v, str) and v.strip() for v in value):
         return value[0], value[1:]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         # Classes and results are often written as numbers; the model learns to write them.
         value = json.dumps(value)
     return _text({**values, column or "": value}, column, "answer"), []
+
+
+def _label(values: dict[str, Any], columns: Columns) -> str | int | list[str] | None:
+    value = values.get(columns.label) if columns.label else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        # A table writes whole numbers as floats where some are missing.
+        return int(value) if value.is_integer() else json.dumps(value)
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value
+    raise Unfit(
+        "wrong_type", f"column {columns.label!r} holds {shorten(value)} where a class belongs", columns.label, value
+    )
 
 
 def _references(values: dict[str, Any], columns: Columns) -> list[str]:

@@ -79,7 +79,18 @@ def _turn(turn: Any, number: int, column: str) -> Message:
     content = turn.get("content", turn.get("value"))
     if str(named).lower() == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, place, column)}
-    calls = turn.get("tool_calls") or None
+    # OpenAI's older form has one call under "function_call".
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    if calls is not None and not isinstance(calls, list):
+        raise Unfit("bad_tool_call", f"{place} has tool_calls that are no list", column, calls, "write a list of calls")
+    if role == "assistant" and any(turn.get(key, 1) in (0, False) for key in ("weight", "loss", "train")):
+        raise Unfit(
+            "untrained_turn",
+            f"{place} is marked as not to be trained (weight, loss or train), which is not supported",
+            column,
+            turn,
+            "take the mark out, or the row; data.train_on=last_answer trains the last answer alone",
+        )
     if isinstance(content, list):
         content = _joined(content, place, column)
     if isinstance(content, dict) and role == "tool":

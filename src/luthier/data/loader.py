@@ -16,8 +16,6 @@ from luthier.data.split import split_examples
 from luthier.errors import UserError
 from luthier.recipe import Columns
 
-_PEEK = 1_000
-
 
 @dataclass(slots=True)
 class Loaded:
@@ -46,13 +44,8 @@ def load_file(path: str | Path, columns: Columns | None = None, task_type: TaskT
     rejects: list[Reject] = []
     if not readable:
         return Loaded([], [r for r in rows if isinstance(r, Reject)], len(rows), "unreadable")
-    try:
-        found = settle(readable[:_PEEK], columns, path)
-    except UserError:
-        if len(readable) <= _PEEK:
-            raise
-        # A column may first appear late.
-        found = settle(readable, columns, path)
+    # By every row, not the first few: a system message or a further input may first appear late.
+    found = settle(readable, columns, path)
     for row in rows:
         made = row if isinstance(row, Reject) else to_example(row, found.columns, task_type)
         if isinstance(made, Reject):
@@ -71,9 +64,16 @@ class DatasetLoader:
 
     Args:
         task_type: given to every example.
+        on_error: ``reject`` lists bad rows; ``raise`` stops at the first.
+
+    Raises:
+        UserError: either is unknown.
     """
 
-    def __init__(self, task_type: TaskType | str = TaskType.CAUSAL_LM) -> None:
+    def __init__(self, task_type: TaskType | str = TaskType.CAUSAL_LM, *, on_error: str = "reject") -> None:
+        if on_error not in ("reject", "raise"):
+            raise UserError(f"unknown on_error {on_error!r}", remedy="known: reject, raise")
+        self.on_error = on_error
         try:
             self.task_type = TaskType(task_type)
         except ValueError:
@@ -132,6 +132,9 @@ class DatasetLoader:
         if unknown:
             raise UserError(f"unknown column role {unknown[0]!r}", remedy=f"known: {', '.join(Columns.model_fields)}")
         loaded = load_file(path, Columns(**columns), self.task_type)
+        if loaded.rejects and self.on_error == "raise":
+            bad = loaded.rejects[0]
+            raise UserError(bad.message, where=f"{bad.file}:{bad.line}", remedy=bad.remedy)
         self.examples += loaded.examples
         self.rejects += loaded.rejects
         if loaded.rejects:

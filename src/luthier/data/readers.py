@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,10 @@ def read_rows(path: str | Path) -> Iterator[Row | Reject]:
         raise UserError(f"{str(path)!r} is empty", where=str(path), remedy="put rows into it")
     if kind in (".csv", ".tsv"):
         yield from _csv(text, path, "\t" if kind == ".tsv" else None)
-    elif kind == ".json" and not _is_jsonl(text):
+    elif not _is_jsonl(text) if kind == ".json" else _is_one_json(text):
         yield from _json(text, path)
-    elif kind == ".json" or text.lstrip()[0] != "[":
-        yield from _jsonl(text, path)
     else:
-        # A list under the name .jsonl; one list a line would be rejected line by line.
-        yield from _json(text, path) if _parses(text) else _jsonl(text, path)
+        yield from _jsonl(text, path)
 
 
 def encoding_of(path: str | Path) -> str:
@@ -114,15 +112,30 @@ def read_text(path: Path) -> tuple[str, str]:
             return _decoded(content, encoding, path), encoding
     if b"\0" not in content:
         try:
-            return content.decode("gb18030"), "gb18030"
+            text = content.decode("gb18030")
         except UnicodeDecodeError:
             pass
+        else:
+            if _reads_as_chinese(text):
+                return text, "gb18030"
     line = content[: refused.start].count(b"\n") + 1
     raise UserError(
         f"{path.name!r} is neither UTF-8, UTF-16 nor GB18030: byte {refused.start:,} is {content[refused.start]:#04x}",
         where=f"{path}:{line}",
         remedy="save it as UTF-8",
     )
+
+
+def _reads_as_chinese(text: str) -> bool:
+    """Whether a text decoded as GB18030 is likely to have been written in it.
+
+    Nearly every pair of bytes is a character there, so Big5 and Shift-JIS decode too: the one to private-use
+    characters, the other to characters that hardly any Chinese text has (those outside GB2312).
+    """
+    sample = "".join(c for c in text if not c.isascii())[:10_000]
+    if any("\ue000" <= c <= "\uf8ff" for c in sample):
+        return False
+    return len(sample.encode("gb2312", "ignore")) / 2 >= 0.1 * len(sample)
 
 
 def _decoded(content: bytes, encoding: str, path: Path) -> str:
@@ -139,10 +152,17 @@ def _decoded(content: bytes, encoding: str, path: Path) -> str:
 # --- JSON ---
 
 
-class _Doubled(dict[str, Any]):
-    """An object in which a key stands twice, so that one of its values would be lost."""
+class _Flaw(dict[str, Any]):
+    """What stands in a parsed row for a value that Python's parser accepts (or breaks on) and a row must not hold."""
 
+    reason = "bad_json"
     message = ""
+
+
+def _flaw(reason: str, message: str, content: dict[str, Any] | None = None) -> _Flaw:
+    flaw = _Flaw(content or {})
+    flaw.reason, flaw.message = reason, message
+    return flaw
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,30 +171,52 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return made
     keys = [key for key, _ in pairs]
     twice = next(key for key in keys if keys.count(key) > 1)
-    doubled = _Doubled(made)
-    doubled.message = f"the key {twice!r} stands twice in one object, so one of its values would be lost"
-    return doubled
+    message = f"the key {twice!r} stands twice in one object, so one of its values would be lost"
+    return _flaw("duplicate_key", message, made)
 
 
-def _doubled(value: Any) -> str | None:
-    """What is wrong with the first object inside ``value`` that has a key twice."""
-    if isinstance(value, _Doubled):
-        return value.message
+def _first_flaw(value: Any) -> _Flaw | None:
+    """The first flaw inside a parsed value."""
+    if isinstance(value, _Flaw):
+        return value
+    if isinstance(value, str):
+        return None if value.isascii() else _half_character(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((message for item in inner if (message := _doubled(item)) is not None), None)
+    return next((flaw for item in inner if (flaw := _first_flaw(item)) is not None), None)
+
+
+def _half_character(text: str) -> _Flaw | None:
+    """JSON can write half a surrogate pair (a lone \\ud83d), which no tokenizer takes and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return _flaw("half_character", f"the text has half a character, {text[error.start]!r}, at {error.start:,}")
+    return None
 
 
 def _constant(name: str) -> Any:
-    raise json.JSONDecodeError(f"{name} is no JSON value", name, 0)
+    return _flaw("bad_json", f"not valid JSON: {name} is no JSON value")
+
+
+def _integer(digits: str) -> Any:
+    try:
+        return int(digits)
+    except ValueError:  # Python reads no more than 4,300 digits
+        return _flaw("bad_json", f"a number of {len(digits):,} digits cannot be read")
+
+
+def _float(digits: str) -> Any:
+    value = float(digits)
+    return value if math.isfinite(value) else _flaw("bad_json", f"the number {shorten(digits)} is too large")
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer, parse_float=_float)
 
 
 def _parses(text: str) -> bool:
     try:
-        json.loads(text)
+        _loads(text)
     except (ValueError, RecursionError):
         return False
     return True
@@ -189,6 +231,14 @@ def _is_jsonl(text: str) -> bool:
     return _parses(first)
 
 
+def _is_one_json(text: str) -> bool:
+    """Whether a file called .jsonl holds one list, or one object over several lines, instead."""
+    begin = text.lstrip()
+    if begin[:1] == "[":
+        return _parses(text)  # One list a line would be rejected line by line.
+    return begin[:1] == "{" and not _parses(begin.split("\n", 1)[0]) and _parses(text)
+
+
 def _json(text: str, path: Path) -> Iterator[Row | Reject]:
     try:
         content = _loads(text)
@@ -201,6 +251,8 @@ def _json(text: str, path: Path) -> Iterator[Row | Reject]:
     except RecursionError:
         raise UserError("the JSON is nested too deeply", where=str(path), remedy="flatten it") from None
     rows = content
+    if isinstance(content, _Flaw):
+        raise UserError(content.message, where=str(path), remedy="name the key once")
     if isinstance(content, dict):
         lists = [k for k, v in content.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
         key = "data" if isinstance(content.get("data"), list) else lists[0] if len(lists) == 1 else None
@@ -254,9 +306,10 @@ def _row(value: Any, path: Path, line: int) -> Row | Reject:
             value=shorten(value),
             remedy='write {"prompt": …, "response": …}',
         )
-    message = _doubled(value)
-    if message is not None:
-        return Reject(str(path), line, "duplicate_key", message, value=shorten(value), remedy="name the key once")
+    flaw = _first_flaw(value)
+    if flaw is not None:
+        remedy = "name the key once" if flaw.reason == "duplicate_key" else "mend this value"
+        return Reject(str(path), line, flaw.reason, flaw.message, value=shorten(value), remedy=remedy)
     return Row(value, Source(str(path), line))
 
 
@@ -267,13 +320,15 @@ def _csv(text: str, path: Path, delimiter: str | None) -> Iterator[Row | Reject]
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(text), strict=True)
     try:
-        header = [name.strip() for name in next(reader)]
+        header = [name.strip() for name in next(cells for cells in reader if cells)]
         _check_header(header, path)
+        rows = 0
         begin = reader.line_num + 1
         for cells in reader:
             line, begin = begin, reader.line_num + 1
             if not cells:
                 continue
+            rows += 1
             if len(cells) != len(header):
                 yield Reject(
                     str(path),
@@ -285,6 +340,8 @@ def _csv(text: str, path: Path, delimiter: str | None) -> Iterator[Row | Reject]
                 )
             else:
                 yield Row(dict(zip(header, cells, strict=True)), Source(str(path), line))
+        if not rows:
+            raise UserError("the table has a header and no row", where=str(path), remedy="put rows into it")
     except csv.Error as error:
         raise UserError(
             f"not a valid table: {error}",
@@ -295,7 +352,7 @@ def _csv(text: str, path: Path, delimiter: str | None) -> Iterator[Row | Reject]
 
 def _delimiter(text: str) -> str:
     """Comma, unless the header has none and has another separator."""
-    header = text.lstrip().split("\n", 1)[0]
+    header = re.sub(r'"[^"]*"', "", re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0])
     counts = {d: header.count(d) for d in ",;\t|"}
     best = max(counts, key=lambda d: counts[d])
     return best if counts[best] and not counts[","] else ","
@@ -321,6 +378,7 @@ def _parquet(path: Path) -> Iterator[Row | Reject]:
         raise UserError(f"{str(path)!r} is empty", where=str(path), remedy="put rows into it")
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        _check_header(file.schema_arrow.names, path)
         number = 0
         for batch in file.iter_batches(batch_size=1000):
             for values in batch.to_pylist():

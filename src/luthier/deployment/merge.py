@@ -118,6 +118,12 @@ def _merged(model: Any) -> Any:
     """A merged copy: added in float32, rounded once to the precision of each weight."""
     fine = copy.deepcopy(model)
     dtype = next(fine.parameters()).dtype
+    base = fine.get_base_model()
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    if hasattr(outputs, "base_layer") or hasattr(inputs, "base_layer"):
+        # One of a tied pair is adapted: merged into the shared weight, it would change the other as well.
+        plain = getattr(outputs, "base_layer", outputs)
+        plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
     merged = fine.float().merge_and_unload().to(dtype)
     _separate_heads(merged)
     return merged
