@@ -127,6 +127,14 @@ def test_training_on_other_tokens_than_serving_is_found(fresh_tokenizer):
     assert "prompt_ids_differ" in codes(check_data(recipe(), dataset))
 
 
+def test_a_token_over_the_border_of_the_answer_is_found(fresh_tokenizer):
+    # "\n\n" is one token at the end of the serving prompt, and two before a letter.
+    template = fresh_tokenizer.chat_template.replace("message['role'] + '\n' +", "message['role'] + '\n\n' +")
+    fresh_tokenizer.chat_template = template.replace("assistant\n'", "assistant\n\n'")
+    dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
+    assert codes(check_data(recipe(), dataset)).get("prompt_ids_differ") == "warning"
+
+
 def test_cut_answers_are_counted_in_tokens(fresh_tokenizer):
     settings = recipe(max_length=70, truncation="cut")
     given = {"train": [*rows(20), TrainingExample(input="long", output="word " * 60)]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -99,22 +99,6 @@ def pad(examples: Sequence[EncodedExample], pad_token_id: int) -> Batch:
         kept=torch.from_numpy(np.concatenate(kept)),
         attention_mask=torch.from_numpy(mask),
     )
-
-
-class Batcher:
-    """Makes batches in the one form a model takes."""
-
-    def __init__(self, *, packed: bool, pad_token_id: int = 0) -> None:
-        self.packed = packed
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, examples: Sequence[EncodedExample]) -> Batch:
-        return pack(examples) if self.packed else pad(examples, self.pad_token_id)
-
-    def batches(self, examples: Sequence[EncodedExample], size: int) -> Iterator[Batch]:
-        """All examples in order, ``size`` at a time."""
-        for begin in range(0, len(examples), size):
-            yield self(examples[begin : begin + size])
 
 
 class Order:

@@ -75,6 +75,8 @@ class Encoder:
                 remedy="use a model with a fast tokenizer (one that has a tokenizer.json)",
             )
 
+        self._missing = missing_bytes(self.tokenizer)
+
     def encode(self, examples: Sequence[TrainingExample], *, chunk: int = 1000) -> Encoded:
         """Every example as token ids, or as a reject that says why not."""
         result = Encoded()
@@ -82,11 +84,16 @@ class Encoder:
             rendered: list[tuple[int, Rendered]] = []
             for index in range(begin, min(begin + chunk, len(examples))):
                 try:
-                    rendered.append((index, self.renderer.render(examples[index])))
+                    whole = self.renderer.render(examples[index])
+                    whole.text.encode("utf-8")
+                    rendered.append((index, whole))
+                except UnicodeEncodeError as error:
+                    message = f"the text has half a character (a lone surrogate) at {error.start:,}"
+                    result.rejects.append(_reject(examples[index], "half_character", message, "mend the text"))
                 except RenderError as error:
                     result.rejects.append(_reject(examples[index], error.reason, str(error), error.remedy))
             for index, item in self._tokenise(rendered, examples):
-                kept = list(self._fit(item, examples[index]))
+                kept = [item] if isinstance(item, Reject) else list(self._fit(item, examples[index]))
                 if kept and isinstance(kept[0], Reject):
                     result.rejects.append(kept[0])
                 else:
@@ -95,7 +102,7 @@ class Encoder:
 
     def _tokenise(
         self, rendered: list[tuple[int, Rendered]], examples: Sequence[TrainingExample]
-    ) -> Iterator[tuple[int, EncodedExample]]:
+    ) -> Iterator[tuple[int, EncodedExample | Reject]]:
         if not rendered:
             return
         batch = self.tokenizer(
@@ -107,11 +114,26 @@ class Encoder:
             verbose=False,
         )
         for (index, item), ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
-            trained = trained_tokens(np.asarray(offsets, dtype=np.int64).reshape(-1, 2), item.spans)
+            ranges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+            lost = self._lost(item.text, ids)
+            if lost:
+                message = f"the model's vocabulary has no token for {shorten(lost)}, which would vanish from the text"
+                yield index, _reject(examples[index], "characters_lost", message, "take these characters out")
+                continue
+            trained = trained_tokens(ranges, item.spans)
             yield (
                 index,
                 EncodedExample(np.asarray(ids, dtype=np.int32), trained, examples[index].source, index),
             )
+
+    def _lost(self, text: str, ids: list[int]) -> str:
+        """Characters of a text that its tokens do not hold."""
+        if self._missing and not self._missing.isdisjoint(text.encode("utf-8")):
+            return "".join(c for c in text if not self._missing.isdisjoint(c.encode("utf-8")))
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids and str(self.tokenizer.unk_token) not in text:
+            return f"some characters of {shorten(text)}"
+        return ""
 
     def _fit(self, item: EncodedExample, example: TrainingExample) -> Iterable[EncodedExample | Reject]:
         """The example within ``max_length``, or the reject that says why it is not."""
@@ -147,6 +169,23 @@ class Encoder:
         yield item
 
 
+def missing_bytes(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Bytes that a byte-level vocabulary has no token for, and whose characters its tokenizer drops in silence.
+
+    SmolLM2's lacks some control characters and the bytes of unassigned planes. The table from bytes to the letters
+    that stand for them is that of GPT-2 (Radford et al., 2019): printable ones are themselves, the others follow
+    from U+0100 on.
+    """
+    if '"ByteLevel"' not in tokenizer.backend_tokenizer.to_str():
+        return frozenset()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in letters]
+    letters |= {byte: chr(256 + n) for n, byte in enumerate(others)}
+    vocabulary = tokenizer.get_vocab()
+    return frozenset(byte for byte, letter in letters.items() if letter not in vocabulary)
+
+
 def trained_tokens(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
     """Which tokens are trained: those that hold a character of a span.
 
@@ -169,4 +208,5 @@ def trained_tokens(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.
 def _reject(example: TrainingExample, reason: str, message: str, remedy: str | None) -> Reject:
     source = example.source or UNKNOWN_SOURCE
     value = example.input or (str(example.messages[-1].get("content")) if example.messages else "")
-    return Reject(source.file, source.line, reason, message, value=shorten(value), remedy=remedy)
+    shown = shorten(value).encode("utf-8", "backslashreplace").decode("utf-8")
+    return Reject(source.file, source.line, reason, message, value=shown, remedy=remedy)

@@ -168,6 +168,9 @@ class Renderer:
         if example.is_plain_text:
             return self._plain(example.input)
         messages = [self._speakable(m) for m in example.to_chat_format(self.system)]
+        for number, message in enumerate(messages, 1):
+            if message["role"] == "assistant" and not str(message["content"]).strip() and not message.get("tool_calls"):
+                raise RenderError("empty_answer", f"the answer (turn {number}) is empty", "give it a text")
         if not self.allow_special_tokens:
             for number, message in enumerate(messages, 1):
                 self._refuse_special(json.dumps(message, ensure_ascii=False), f"turn {number} ({message['role']})")
@@ -196,6 +199,8 @@ class Renderer:
         return Rendered(text, tuple(spans), tuple(prompts))
 
     def _plain(self, text: str) -> Rendered:
+        if not text.strip():
+            raise RenderError("empty_text", "the text is empty", "give it a text")
         if not self.allow_special_tokens:
             self._refuse_special(text, "the text")
         whole = f"{self._bos}{text}{self.tokenizer.eos_token or ''}"
