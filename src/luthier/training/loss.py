@@ -107,7 +107,7 @@ class LossFunction:
         self.head = False
         self.packed = False
         with _evaluating(model), torch.no_grad():
-            self._probe(batching)
+            self._probe(base, batching)
 
     def batch(self, examples: list[EncodedExample]) -> Batch:
         """The examples as one batch of the form this model takes."""
@@ -143,7 +143,7 @@ class LossFunction:
             "max_length_k": batch.longest,
         }
 
-    def _probe(self, batching: str) -> None:
+    def _probe(self, base: Any, batching: str) -> None:
         if batching == "padded":
             self.reason = "model.batching=padded was asked for"
         else:
@@ -161,7 +161,9 @@ class LossFunction:
         hidden = self.body(**self._inputs(batch)).last_hidden_state
         direct = self.output(hidden.reshape(-1, hidden.shape[-1])[batch.kept]).float()
         own = self.logits(batch).float()
-        self.head = float((direct - own).abs().mean()) <= 1e-3 * float(own.std())
+        half = self.output.weight.dtype in (torch.bfloat16, torch.float16)
+        apart = float((direct - own).abs().mean())
+        self.head = apart <= (1e-3 if half else 1e-6) * float(own.std()) and not _bends_logits(base)
 
     def _why_not_packed(self) -> str:
         """Empty where packed rows give each example the logits it has alone; leaves packed attention set."""
@@ -187,6 +189,13 @@ class LossFunction:
         if moved > 1e-3 * bound:
             return f"an example changes the logits of the next one by {moved:.2g} in packed rows"
         return ""
+
+
+def _bends_logits(model: Any) -> bool:
+    """Whether the config says that logits are scaled or capped: small ones hide that in half precision."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None) or 1.0
+    return getattr(config, "final_logit_softcapping", None) is not None or scale != 1.0
 
 
 class _evaluating:
