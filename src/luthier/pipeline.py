@@ -326,7 +326,7 @@ def compare_on_rows(
     if not chosen:
         return None
     wanted = set(chosen)
-    with console.status(f"answering {len(chosen)} {part.name} rows with each model"):
+    with console.status(f"answering {len(chosen)} {part.name} rows") as status:
         comparison = compare(
             models,
             dataset.renderer.tokenizer,
@@ -336,6 +336,7 @@ def compare_on_rows(
             batch_size=settings.batch_size,
             samples=settings.samples,
             encoded=[row for row in part.encoded if row.index in wanted],
+            progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part.name} rows answered"),
         )
     write_json(target, comparison.to_json())
     console.print(render_comparison(comparison))

@@ -236,19 +236,26 @@ def _table(comparison: Comparison) -> RenderableType:
         # Neither how long answers are nor how many end by themselves is better or worse as such.
         if name not in ("answer_tokens", "ended") and change:
             style = "green" if (change < 0) == (name == "perplexity") else "red"
-        digits = 1 if name == "answer_tokens" else 3
+        # Shares of the rows read as per cent; BLEU and ROUGE are no shares, and perplexity and lengths are themselves.
+        times, digits, unit = (100, 1, "%") if name in _SHARES else (1, 1 if name == "answer_tokens" else 3, "")
+        shown = f"{change * times:+.{digits}f}"
         table.add_row(
             _LABELS.get(name, name),
-            *[f"{m.metrics[name]:.{digits}f}" for m in comparison.models],
-            f"[{style}]{change:+.{digits}f}[/]" if style else f"{change:+.{digits}f}",
+            *[f"{m.metrics[name] * times:.{digits}f}{unit}" for m in comparison.models],
+            f"[{style}]{shown}[/]" if style else shown,
         )
     return table
 
 
+_SHARES = {"exact_match", "json_valid", "json_exact", "ended"}
 _LABELS = {
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
     "exact_match": "exact match",
-    "json_valid": "JSON valid",
-    "json_exact": "JSON exact",
+    "json_valid": "valid JSON",
+    "json_exact": "JSON with every value right",
     "perplexity": "perplexity (lower is better)",
     "ended": "answers that end by themselves",
     "answer_tokens": "tokens in an answer",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,14 @@ class TuningMethod:
     learning_rate: float
     weight_decay: float
     advice: Advice
+
+
+@contextlib.contextmanager
+def peft_warnings_apart() -> Iterator[None]:
+    """Without the warning that PEFT 0.21 draws from transformers 5 when it wraps a model; users cannot act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 METHODS: dict[str, TuningMethod] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.errors import UserError
-from luthier.methods.base import Advice, TuningMethod, register
+from luthier.methods.base import Advice, TuningMethod, peft_warnings_apart, register
 from luthier.recipe import LoraMethod
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def _wrap(model: PreTrainedModel, options: LoraMethod, new_token_ids: list[int])
     try:
         # The matrices take the weights' dtype: a bfloat16 product beside a bfloat16 product costs no casts. The
         # optimiser keeps them in float32 (training.optimiser), where small updates survive.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        with peft_warnings_apart():
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(
             f"LoRA does not fit this model: {str(error).splitlines()[0]}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.errors import UserError
+from luthier.methods.base import peft_warnings_apart
 from luthier.models.catalogue import CATALOGUE
 from luthier.models.loading import load_model, load_tokenizer
 
@@ -117,7 +118,8 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
             remedy="load the base it was trained on",
         )
     try:
-        model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+        with peft_warnings_apart():
+            model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
