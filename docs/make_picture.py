@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    console = Console(record=True, width=104, force_terminal=True)
+    console = Console(record=True, width=104)
     recipe = Recipe.load(ROOT / "examples" / "records" / "recipe.yaml", ["evaluation.samples=2"])
     console.print("$ luthier train examples/records/recipe.yaml", highlight=False)
     with tempfile.TemporaryDirectory() as folder:

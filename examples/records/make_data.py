@@ -22,7 +22,10 @@ FIRST = {
     "train": (
         "Amara Bruno Chen Dalia Emeka Farah Goran Hana Ivan Jolanta Kofi Leila Mateo Nadia Oskar Priya "
         "Quentin Rosa Samir Tomas Ulrike Viktor Wanda Yusuf Zofia Aiko Bilal Carmen Dmitri Elif Fatou Giulia "
-        "Henrik Ines Jamal Katya Lars Mei Noor Olga Pedro Ruth Sven Thandi Umar Vera Wei Ximena Yara Zane"
+        "Henrik Ines Jamal Katya Lars Mei Noor Olga Pedro Ruth Sven Thandi Umar Vera Wei Ximena Yara Zane "
+        "Aleksander Beatriz Caspian Edith Florian Gustavo Hilde Idris Juliette Kirsten Leopold Magnus Nuria "
+        "Orsolya Pascal Rafaela Sigrid Teodor Ursula Valentin Winifred Xavier Yolanda Zuzana Angus Haruki Igor "
+        "Kenji Ludmila Miriam Naoko Oluwaseun Piotr Rashid Saskia Takumi"
     ).split(),
     "validation": "Astrid Boris Chidi Deniz Esther Felipe Greta Hugo Imani Jonas".split(),
     "test": "Agnes Benoit Clara Daichi Elena Fergus Gulnara Hassan Irina Joaquin Kamala Linus Marta Nikhil".split(),

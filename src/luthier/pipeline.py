@@ -22,13 +22,14 @@ from rich.console import Console
 from luthier.data.dataset import Dataset, prepare
 from luthier.data.examples import TrainingExample
 from luthier.data.render import prompt_messages, prompt_text
-from luthier.deployment.merge import merge_adapter, merge_model
+from luthier.deployment.merge import merge_model
 from luthier.deployment.parity import ParityReport, check_parity, require
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare, render_comparison
 from luthier.methods import get_method
 from luthier.methods.base import TuningMethod
 from luthier.methods.saved import fingerprint, load_saved, write_fingerprint
+from luthier.models.catalogue import CATALOGUE
 from luthier.models.loading import add_tokens, load_model, load_tokenizer, set_stop_tokens, training_dtype, without_bars
 from luthier.recipe import Recipe
 from luthier.runfolder import RunFolder
@@ -150,24 +151,21 @@ def run(
     console = console or Console(quiet=True)
     reporter = reporter or Silent()
     ready = prepare_run(recipe, given)
+    report = ready.check()
+    console.print(render_preflight(report))
+    if overwrite and not resume:
+        # The earlier run stays where the new one is refused.
+        report.require()
+        folder.clear()
     manifest = _manifest(ready)
     _write_start(folder, ready, manifest)
-    report = ready.check()
     write_json(folder.path / "preflight.json", report.to_dict())
-    console.print(render_preflight(report))
     try:
         report.require()
         outcome = _train(ready, folder, resume, reporter)
         manifest["training"] = {**_outcome(outcome), "peak_memory_bytes": _peak_memory(ready.accelerator.device)}
         parity = [_save(ready, folder)]
-        comparison = None
-        if recipe.evaluation.enabled:
-            models: list[tuple[str, Callable[[], Any]]] = [
-                ("base", _as_base(ready)),
-                ("tuned", lambda: contextlib.nullcontext(ready.model)),
-            ]
-            target = folder.path / "evaluation" / "comparison.json"
-            comparison = compare_on_rows(recipe, ready.dataset, models, target, console)
+        comparison = _evaluate(ready, folder, console, manifest) if recipe.evaluation.enabled else None
         if recipe.deployment.merge:
             parity.append(merge_run(ready, folder))
     except Interrupted:
@@ -176,6 +174,14 @@ def run(
     except UserError as error:
         _finish(folder, manifest, "failed", error=str(error))
         raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _finish(folder, manifest, "failed", error=str(error))
+        raise UserError(
+            f"memory ran out: {str(error).splitlines()[0] if str(error) else 'no more could be had'}",
+            where=str(folder.path),
+            remedy="lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much, or "
+            "set training.gradient_checkpointing=true; --resume goes on from the last checkpoint",
+        ) from None
     manifest["parity"] = [p.to_dict() for p in parity]
     write_report(folder, report, comparison)
     _finish(folder, manifest, "finished")
@@ -207,6 +213,20 @@ def _train(ready: Prepared, folder: RunFolder, resume: bool, reporter: Reporter)
     return outcome
 
 
+def _evaluate(ready: Prepared, folder: RunFolder, console: Console, manifest: dict[str, Any]) -> Comparison | None:
+    """Base against tuned. What was trained is saved by now, so a comparison that fails is told and costs no run."""
+    models: list[tuple[str, Callable[[], Any]]] = [
+        ("base", _as_base(ready)),
+        ("tuned", lambda: contextlib.nullcontext(ready.model)),
+    ]
+    try:
+        return compare_on_rows(ready.recipe, ready.dataset, models, folder.path / "evaluation/comparison.json", console)
+    except UserError as error:
+        manifest["evaluation_error"] = str(error)
+        console.print(f"the model is saved, but could not be compared: {error}", style="yellow", highlight=False)
+        return None
+
+
 def parity_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Rendered prompts for the parity gate: of the held-out rows where there are any."""
     part = next((p for p in reversed(dataset.parts) if p.examples), dataset.train)
@@ -227,7 +247,7 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
             ready.model.save_pretrained(aside)  # type: ignore[operator]
             ready.tokenizer.save_pretrained(aside)
             if ready.method.adapter:
-                write_fingerprint(aside, ready.base, ready.recipe.model.name)
+                write_fingerprint(aside, ready.base, _base_name(ready))
         reloaded = load_saved(aside, dtype=next(ready.model.parameters()).dtype)
         parity = check_parity(
             ready.model,
@@ -258,27 +278,6 @@ def merge_run(ready: Prepared, folder: RunFolder) -> ParityReport:
         folder.path / "merged",
         prompts=parity_prompts(ready.dataset, ready.tokenizer),
     )
-
-
-def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, ParityReport]:
-    """Merge the adapter of a finished run into its base; ``RUN/merged`` where no folder is named.
-
-    Raises:
-        UserError: the folder holds no finished run with an adapter, or the merged model answers otherwise.
-    """
-    folder = RunFolder.of(run_dir)
-    if folder.saved.name != "adapter":
-        raise UserError(
-            f"the run in {str(run_dir)!r} tuned the whole model: there is nothing to merge",
-            remedy=f"use {folder.saved} as it is",
-        )
-    recipe = Recipe.load(folder.path / "recipe.yaml")
-    prompts = None
-    if recipe.data.train or recipe.data.test:
-        tokenizer = load_tokenizer(folder.saved)
-        prompts = parity_prompts(prepare(recipe, tokenizer), tokenizer)
-    target = output or folder.path / "merged"
-    return target, merge_adapter(folder.saved, target, prompts=prompts)
 
 
 def _as_base(ready: Prepared) -> Callable[[], Any]:
@@ -343,48 +342,6 @@ def compare_on_rows(
     return comparison
 
 
-def evaluate_run(
-    path: str | Path, *, data: str | None = None, overrides: Sequence[str] = (), console: Console
-) -> Comparison:
-    """Compare base, tuned and (where it exists) merged of a finished run, on its held-out rows or on another file.
-
-    Raises:
-        UserError: the folder holds no finished run, or no row has an answer to compare with.
-    """
-    folder = RunFolder.of(path)
-    changes = [*overrides, *([f"data.test={Path(data).absolute()}"] if data else [])]
-    recipe = Recipe.load(folder.path / "recipe.yaml", changes)
-    saved = load_saved(folder.path)
-    if not recipe.data.train and not recipe.data.test:
-        raise UserError(
-            "this run's rows came from Python, so they cannot be read again",
-            where=str(folder.path),
-            remedy="name a file of rows: `luthier evaluate RUN --data FILE`",
-        )
-    if data:
-        recipe.data.train, recipe.data.validation = recipe.data.test, []
-        recipe.data.test = []
-        recipe.data.split.validation = recipe.data.split.test = 0.0
-    context = getattr(saved.model.config.get_text_config(), "max_position_embeddings", None)
-    dataset = prepare(recipe, saved.tokenizer, context=context)
-    if data:
-        dataset.train, dataset.test = dataset.test, dataset.train
-        dataset.test.name = "given"
-    for reject in dataset.test.rejects[:5]:
-        console.print(f"refused {reject.file}:{reject.line}: {reject.message}", style="yellow", highlight=False)
-    models: list[tuple[str, Callable[[], Any]]] = [
-        ("base", saved.as_base),
-        ("tuned", lambda: contextlib.nullcontext(saved.model)),
-    ]
-    if (folder.path / "merged").is_dir():
-        models.append(("merged", lambda: contextlib.nullcontext(load_model(folder.path / "merged"))))
-    name = Path(data).stem if data else "comparison"
-    comparison = compare_on_rows(recipe, dataset, models, folder.path / "evaluation" / f"{name}.json", console)
-    if comparison is None:
-        raise UserError("no held-out row has an answer to compare with", where=str(folder.path), remedy="give --data")
-    return comparison
-
-
 def write_report(folder: RunFolder, report: Preflight, comparison: Comparison | None) -> None:
     """``report.html``: what the terminal showed, to keep and to send."""
     console = Console(record=True, width=110, file=io.StringIO())
@@ -405,12 +362,18 @@ def _manifest(ready: Prepared) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "method": recipe.method.name,
         "seed": recipe.seed,
-        "model": {"name": recipe.model.name, "fingerprint": fingerprint(ready.base)},
+        "model": {"name": _base_name(ready), "fingerprint": fingerprint(ready.base)},
         "chat_template_sha256": sha256(str(template).encode()).hexdigest(),
         "data": [{"file": file, "sha256": _file_sha256(Path(file))} for file in ready.dataset.files],
         "rows": {part.name: part.summary() for part in ready.dataset.parts},
         "environment": environment(),
     }
+
+
+def _base_name(ready: Prepared) -> str:
+    """The base by a name that holds from any working folder."""
+    name = ready.recipe.model.name
+    return name if name in CATALOGUE else str(ready.base.name_or_path)
 
 
 def _write_start(folder: RunFolder, ready: Prepared, manifest: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ class RunFolder:
         return self.path / ("adapter" if (self.path / "adapter").is_dir() else "model")
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder ready for a run. Nothing is removed but an earlier run's own files, and only on request.
+        """Make the folder ready for a run; what an earlier run left stays until :meth:`clear`.
 
         Raises:
             UserError: the folder holds something else, or an earlier run that was not asked to be resumed or replaced.
@@ -78,13 +78,6 @@ class RunFolder:
                     where="output_dir",
                     remedy="--resume goes on with it, --overwrite replaces it, or name another output_dir",
                 )
-            if overwrite and not resume:
-                for name in _OURS:
-                    entry = path / name
-                    if entry.is_dir() and not entry.is_symlink():
-                        shutil.rmtree(entry)
-                    else:
-                        entry.unlink(missing_ok=True)
         elif resume:
             raise UserError(
                 f"there is no run to resume in {str(path)!r}", where="output_dir", remedy="start it without --resume"
@@ -97,6 +90,15 @@ class RunFolder:
                 where="output_dir",
                 remedy="name a folder that you may write to",
             ) from None
+
+    def clear(self) -> None:
+        """Remove an earlier run's own files, and nothing else."""
+        for name in _OURS:
+            entry = self.path / name
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
 
     @classmethod
     def of(cls, path: str | Path) -> RunFolder:

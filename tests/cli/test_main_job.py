@@ -100,6 +100,9 @@ def test_from_a_file_to_a_merged_model(luthier, no_network, rows_file, tiny_mode
     code, out, err = luthier("chat", run, "--max-new-tokens", 8)
     assert code == 0, out + err
 
+    # A refused replacement leaves the run that is there.
+    code, out, err = luthier("train", "recipe.yaml", *SHORT, "--overwrite", "data.max_length=30")
+    assert code == 2 and "pre-flight refuses" in err and (run / "merged").is_dir()
     code, out, err = luthier("train", "recipe.yaml", *SHORT, "--overwrite")
     assert code == 0, out + err
     # The same recipe and seed give the same bytes.

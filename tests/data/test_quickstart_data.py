@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,12 @@ def test_every_record_follows_from_its_text(parts):
             text = row["prompt"]
             assert record["name"] in text and record["item"] in text
             assert re.search(rf"\b{record['quantity']}\b", text)
-            year, _month, day = record["date"].split("-")
-            assert year in text and re.search(rf"\b0?{int(day)}(st|nd|rd|th)?\b", text)
+            day = date.fromisoformat(record["date"])
+            month = f"({day:%B}|{day:%b})"
+            written = (
+                rf"{record['date']}|\b{day.day} {month} {day.year}\b|{month} {day.day}(st|nd|rd|th)?, {day.year}\b"
+            )
+            assert re.search(written, text), record["date"]
             assert f"{record['amount']:,.2f}".removesuffix(".00") in text
             symbols = {"USD": ("$", "dollars", "USD"), "EUR": ("€", "euros", "EUR"), "GBP": ("£", "pounds", "GBP")}
             assert any(s in text for s in symbols[record["currency"]])

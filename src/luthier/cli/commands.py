@@ -137,7 +137,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Rows to ask instead of the run's own held-out ones.")] = None,
 ) -> None:
     """Compare base, tuned and merged model on held-out rows."""
-    from luthier.pipeline import evaluate_run
+    from luthier.finished import evaluate_run
 
     evaluate_run(run, data=data, overrides=overrides or (), console=_console())
 
@@ -170,7 +170,7 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base, behind the parity gate: one plain model folder."""
     from luthier.deployment.parity import render_parity
-    from luthier.pipeline import merge_saved
+    from luthier.finished import merge_saved
 
     console = _console()
     target, report = merge_saved(run, output)

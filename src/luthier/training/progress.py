@@ -53,10 +53,11 @@ class TerminalReporter:
         self._total = 0
         self._rate = 0.0
         self._loss = 0.0
+        self._done = 0
 
     def start(self, total: int, done: int) -> None:
-        self._total = total
-        self._said = time.monotonic()
+        self._total, self._done = total, done
+        self._began = self._said = time.monotonic()
         if self.console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -80,7 +81,8 @@ class TerminalReporter:
             self._bar.update(self._task, completed=record["step"], loss=self._loss, rate=self._rate)
         elif time.monotonic() - self._said >= self.every or record["step"] == self._total:
             self._said = time.monotonic()
-            left = (self._total - record["step"]) * record["seconds"]
+            passed = time.monotonic() - self._began
+            left = passed / (record["step"] - self._done) * (self._total - record["step"])
             self.say(
                 f"step {record['step']}/{self._total}  loss {self._loss:.3f}  {self._rate:,.0f} tokens/s  "
                 f"about {left:,.0f} s left"

@@ -1,0 +1,84 @@
+"""What is done with a finished run: judge it again, on its own held-out rows or on others, and merge it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from luthier.data.dataset import prepare
+from luthier.deployment.merge import merge_adapter
+from luthier.deployment.parity import ParityReport
+from luthier.errors import UserError
+from luthier.evaluation.comparison import Comparison
+from luthier.methods.saved import load_saved
+from luthier.models.loading import load_model, load_tokenizer
+from luthier.pipeline import compare_on_rows, parity_prompts
+from luthier.recipe import Recipe
+from luthier.runfolder import RunFolder
+
+
+def evaluate_run(
+    path: str | Path, *, data: str | None = None, overrides: Sequence[str] = (), console: Console
+) -> Comparison:
+    """Compare base, tuned and (where it exists) merged of a finished run, on its held-out rows or on another file.
+
+    Raises:
+        UserError: the folder holds no finished run, or no row has an answer to compare with.
+    """
+    folder = RunFolder.of(path)
+    changes = [*overrides, *([f"data.test={Path(data).absolute()}"] if data else [])]
+    recipe = Recipe.load(folder.path / "recipe.yaml", changes)
+    saved = load_saved(folder.path)
+    if not recipe.data.train and not recipe.data.test:
+        raise UserError(
+            "this run's rows came from Python, so they cannot be read again",
+            where=str(folder.path),
+            remedy="name a file of rows: `luthier evaluate RUN --data FILE`",
+        )
+    if data:
+        recipe.data.train, recipe.data.validation = recipe.data.test, []
+        recipe.data.test = []
+        recipe.data.split.validation = recipe.data.split.test = 0.0
+    context = getattr(saved.model.config.get_text_config(), "max_position_embeddings", None)
+    dataset = prepare(recipe, saved.tokenizer, context=context)
+    if data:
+        dataset.train, dataset.test = dataset.test, dataset.train
+        dataset.test.name = "given"
+    for reject in dataset.test.rejects[:5]:
+        console.print(f"refused {reject.file}:{reject.line}: {reject.message}", style="yellow", highlight=False)
+    models: list[tuple[str, Callable[[], Any]]] = [
+        ("base", saved.as_base),
+        ("tuned", lambda: contextlib.nullcontext(saved.model)),
+    ]
+    if (folder.path / "merged").is_dir():
+        models.append(("merged", lambda: contextlib.nullcontext(load_model(folder.path / "merged"))))
+    name = Path(data).stem if data else "comparison"
+    comparison = compare_on_rows(recipe, dataset, models, folder.path / "evaluation" / f"{name}.json", console)
+    if comparison is None:
+        raise UserError("no held-out row has an answer to compare with", where=str(folder.path), remedy="give --data")
+    return comparison
+
+
+def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, ParityReport]:
+    """Merge the adapter of a finished run into its base; ``RUN/merged`` where no folder is named.
+
+    Raises:
+        UserError: the folder holds no finished run with an adapter, or the merged model answers otherwise.
+    """
+    folder = RunFolder.of(run_dir)
+    if folder.saved.name != "adapter":
+        raise UserError(
+            f"the run in {str(run_dir)!r} tuned the whole model: there is nothing to merge",
+            remedy=f"use {folder.saved} as it is",
+        )
+    recipe = Recipe.load(folder.path / "recipe.yaml")
+    prompts = None
+    if recipe.data.train or recipe.data.test:
+        tokenizer = load_tokenizer(folder.saved)
+        prompts = parity_prompts(prepare(recipe, tokenizer), tokenizer)
+    target = output or folder.path / "merged"
+    return target, merge_adapter(folder.saved, target, prompts=prompts)
