@@ -18,6 +18,7 @@ What is printed:
   output head counts for trained tokens alone (no other position needs logits). Attention scores and the embedding's
   look-up don't count;
 - peak resident memory of the process at the end of the last step (not of saving or checking after it);
+- which rounds other programs disturbed, by the processor time that was not the child's: run those again;
 - the loss of every step of the first round side by side. LoRA starts as the base model whatever the seed (B = 0),
   so the first losses must agree within bfloat16 rounding; where they do not, the exit status is 1.
 """
@@ -34,10 +35,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 SHIPPED = ROOT / "examples" / "records" / "train.jsonl"
 MAX_LENGTH = 1024
+# Other programs' share of all processor time above which a round's numbers are marked as disturbed.
+DISTURBED = 0.05
 # Eight bits of mantissa through thirty layers: losses of one model computed in two ways differ by about this much.
 FIRST_LOSS_TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
 
@@ -134,6 +139,7 @@ def _run(name: str, settings: Settings, scratch: str) -> Outcome:
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    before = _processor_seconds()
     child = subprocess.run(
         [sys.executable, __file__, "--child", name, str(given), str(returned)],
         env=environment,
@@ -145,7 +151,17 @@ def _run(name: str, settings: Settings, scratch: str) -> Outcome:
     if child.returncode:
         sys.exit(f"{child.stdout[-4000:]}\n{name} failed (status {child.returncode}); see above")
     result: Outcome = json.loads(returned.read_text(encoding="utf-8"))
-    return result
+    every, own, idle = (after - then for after, then in zip(_processor_seconds(), before, strict=True))
+    return result | {"others_share": max(0.0, (every - idle - own) / every) if every else 0.0}
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Seconds of all processors since the machine started: in all, used by finished children, idle."""
+    times = psutil.cpu_times()
+    # On Linux, guests' seconds are counted in user and nice already.
+    every = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    own = os.times()
+    return every, own.children_user + own.children_system, times.idle + getattr(times, "iowait", 0.0)
 
 
 def _child(name: str, given: str, returned: str) -> None:
@@ -181,6 +197,12 @@ def _report(settings: Settings, rounds: list[dict[str, Outcome]]) -> dict[str, A
         "speeds": speeds,
         "ratios": {},
         "first_losses_agree": True,
+        "disturbed": [
+            f"round {number}, {side}: {done[side]['others_share']:.0%}"
+            for number, done in enumerate(rounds, 1)
+            for side in settings["sides"]
+            if done[side]["others_share"] > DISTURBED
+        ],
         "rounds": rounds,
     }
     if "luthier" not in speeds:
@@ -223,6 +245,8 @@ def _tables(settings: Settings, rounds: list[dict[str, Outcome]], report: dict[s
     for peer, ratios in report["ratios"].items():
         speed, memory = ratios["tokens_per_second"], ratios["peak_memory_bytes"]
         lines += ["", f"luthier / {peer}: {_cell(speed, 1, 2)} × tokens a second, {_cell(memory, 1, 2)} × peak memory"]
+    if report["disturbed"]:
+        lines += ["", f"DISTURBED by other programs (share of processor time): {'; '.join(report['disturbed'])}"]
     lines += ["", *_loss_table(settings, rounds[0])]
     if "first_loss_differences" in report:
         differences = ", ".join(f"{d:+.4f}" for d in report["first_loss_differences"])

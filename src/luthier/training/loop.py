@@ -21,6 +21,7 @@ from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
 from luthier.methods.base import TuningMethod, trainable_parameters
 from luthier.recipe import Recipe
+from luthier.training.allocator import keep_freed_memory
 from luthier.training.checkpoint import Checkpoints, TrainState
 from luthier.training.loss import LossFunction
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
@@ -121,6 +122,8 @@ class Trainer:
         reporter: Reporter | None = None,
     ) -> None:
         settings = recipe.training
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.accelerator = accelerator
         self.model = model.to(accelerator.device)
         self.loss_function = loss_function

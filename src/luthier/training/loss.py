@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from luthier.data.batch import Batch, pack, pad
 from luthier.data.encode import EncodedExample
 
-# Positions whose logits exist at one time: [CHUNK, vocab] in float32 is 100 MB for a vocabulary of 49 thousand.
-CHUNK = 512
+# Positions whose logits exist at one time on a CPU; [128, vocab] in float32 is 25 MB for a vocabulary of 49 thousand,
+# which stays below the size that the allocator maps anew (see allocator). Other devices take eight times as many.
+CHUNK = 128
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -36,8 +37,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        for begin in range(0, len(targets), CHUNK):
-            rows, goal = hidden[begin : begin + CHUNK], targets[begin : begin + CHUNK]
+        size = CHUNK if hidden.device.type == "cpu" else 8 * CHUNK
+        for begin in range(0, len(targets), size):
+            rows, goal = hidden[begin : begin + size], targets[begin : begin + size]
             logits = F.linear(rows, weight, bias).float()  # [chunk, V]
             normaliser = logits.logsumexp(-1)
             total += (normaliser - logits.gather(1, goal[:, None])[:, 0]).sum()
@@ -49,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[begin : begin + CHUNK] = grad @ weight
+                grad_hidden[begin : begin + size] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.t() @ rows
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
