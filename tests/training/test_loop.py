@@ -249,7 +249,7 @@ def test_early_stopping_keeps_the_best(bench, tmp_path):
     assert (outcome.state.best_loss, outcome.state.best_step) == (best_loss, best_step)
     if best_step:
         same(snapshot(trainer), trainer.checkpoints.load(best_step).weights)
-        assert trainer._validate() == pytest.approx(best_loss, rel=1e-6)
+        assert trainer.validation_loss()[0] == pytest.approx(best_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -283,7 +283,7 @@ def test_signals_save_and_leave(bench, tmp_path, name):
 
 def test_validation_is_the_mean_over_tokens(bench, tmp_path):
     trainer = bench.trainer(tmp_path, bench.recipe(per_device_eval_batch_size=2))
-    loss = trainer._validate()
+    loss, trained = trainer.validation_loss()
     total = count = 0.0
     with torch.no_grad():
         for row in trainer.validation_rows:
@@ -292,4 +292,4 @@ def test_validation_is_the_mean_over_tokens(bench, tmp_path):
             picked = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             total -= float(picked[torch.from_numpy(row.trained[1:])].sum())
             count += int(row.trained.sum())
-    assert loss == pytest.approx(total / count, rel=1e-6)
+    assert trained == count and loss == pytest.approx(total / count, rel=1e-6)

@@ -25,6 +25,7 @@ from luthier.training.allocator import keep_freed_memory
 from luthier.training.checkpoint import Checkpoints, TrainState
 from luthier.training.loss import LossFunction
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
+from luthier.training.plan import Plan
 from luthier.training.progress import Reporter, Silent
 from luthier.training.runlog import MetricsLog
 
@@ -49,37 +50,6 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {signal.Signals(number).name}; saved {checkpoint}")
         self.number = number
         self.checkpoint = checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the settings come to for this many rows."""
-
-    steps: int
-    steps_per_epoch: int
-    warmup: int
-    eval_steps: int
-    save_steps: int
-    learning_rate: float
-    weight_decay: float
-
-    @classmethod
-    def of(cls, recipe: Recipe, method: TuningMethod, rows: int, processes: int = 1) -> Plan:
-        """Steps, warm-up and intervals for ``rows`` training rows on ``processes`` processes."""
-        settings = recipe.training
-        per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * processes
-        per_epoch = -(-rows // per_step)
-        steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
-        eval_steps = settings.eval_steps or max(1, math.ceil(steps / 10))
-        return cls(
-            steps=steps,
-            steps_per_epoch=per_epoch,
-            warmup=settings.warmup_steps or math.ceil(settings.warmup_ratio * steps),
-            eval_steps=eval_steps,
-            save_steps=settings.save_steps or eval_steps,
-            learning_rate=method.learning_rate if settings.learning_rate is None else settings.learning_rate,
-            weight_decay=method.weight_decay if settings.weight_decay is None else settings.weight_decay,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +122,10 @@ class Trainer:
         self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.save_total_limit)
         self.state = TrainState(course=self._course())
         self._signal: int | None = None
+        self._log: MetricsLog | None = None
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
+            model.activation_checkpointing_enable(  # type: ignore[operator]
+                activation_checkpointing_kwargs={"use_reentrant": False}
             )
 
     def run(self, *, resume: bool = False) -> Outcome:
@@ -166,13 +137,8 @@ class Trainer:
         """
         if resume:
             self._resume()
-        main = self.accelerator.is_main_process
-        log = (
-            MetricsLog(self.run_dir / "metrics.jsonl", resume_step=self.state.step if resume else None)
-            if main
-            else None
-        )
-        self._log = log
+        if self.accelerator.is_main_process:
+            self._log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=self.state.step if resume else None)
         stopped = "finished"
         first_eval, loss = None, math.nan
         restore = self._catch_signals()
@@ -200,8 +166,8 @@ class Trainer:
             self.reporter.stop()
             restore()
             self.optimiser.close()
-            if log is not None:
-                log.close()
+            if self._log is not None:
+                self._log.close()
         return Outcome(self.state, self.plan, stopped, first_eval, loss)
 
     def _step(self) -> float:
@@ -252,9 +218,8 @@ class Trainer:
         return loss_value
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        """Mean loss over the trained tokens of the validation rows; keeps track of the best."""
-        began = time.perf_counter()
+    def validation_loss(self) -> tuple[float, int]:
+        """Mean loss over the trained tokens of all validation rows, with the weights as they are; and their count."""
         self.model.eval()
         mine = self.validation_rows[self.accelerator.process_index :: self.accelerator.num_processes]
         total, count = 0.0, 0.0
@@ -264,7 +229,12 @@ class Trainer:
             total += float(self.loss_function(batch))
             count += batch.trained_tokens
         total, count = self._sum([total, count])
-        loss = total / count
+        return total / count, int(count)
+
+    def _validate(self) -> float:
+        """Measure, keep track of the best, and save it."""
+        began = time.perf_counter()
+        loss, count = self.validation_loss()
         state = self.state
         best = state.best_loss is None or loss < state.best_loss
         if best:
@@ -275,7 +245,7 @@ class Trainer:
             "step": state.step,
             "eval_loss": loss,
             "eval_perplexity": math.exp(min(loss, 700)),
-            "eval_trained_tokens": int(count),
+            "eval_trained_tokens": count,
             "eval_seconds": round(time.perf_counter() - began, 4),
             "best": best,
         }

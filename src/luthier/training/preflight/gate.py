@@ -10,8 +10,8 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import Recipe
-from luthier.training.loop import Plan
 from luthier.training.loss import LossFunction
+from luthier.training.plan import Plan
 from luthier.training.preflight import model_checks as checks
 from luthier.training.preflight.data_checks import check_data
 from luthier.training.preflight.findings import Finding, Preflight

@@ -16,8 +16,8 @@ from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import LoraMethod, Recipe
-from luthier.training.loop import Plan
 from luthier.training.loss import LossFunction
+from luthier.training.plan import Plan
 from luthier.training.preflight.findings import Finding
 
 if TYPE_CHECKING:
