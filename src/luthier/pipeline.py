@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import resource
 import shutil
 import time
@@ -98,6 +99,13 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     """
     from accelerate import Accelerator
 
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UserError(
+            f"started as one of {processes} processes, each of which would train the whole run alone",
+            where="WORLD_SIZE",
+            remedy="start `luthier` directly: a run of several processes is not built yet",
+        )
     trackers = recipe.training.report_to
     folder = Path(recipe.output_dir)
     try:

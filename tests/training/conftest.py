@@ -79,7 +79,7 @@ class Bench:
             dataset.train.encoded,
             dataset.validation.encoded,
             folder,
-            Accelerator(),
+            Accelerator(cpu=not torch.cuda.is_available()),
             reporter,
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.encode import EncodedExample
@@ -262,13 +264,18 @@ _LABELS = {
 }
 
 
+def _nearer(where: str) -> str:
+    """A place as one would type it here: relative where it lies under the working directory."""
+    return where.removeprefix(str(Path.cwd()) + os.sep)
+
+
 def _sample(comparison: Comparison, index: int) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
     question = comparison.questions[index]
     reference = question.references[0]
-    table = Table(show_header=False, title=question.where, title_justify="left", show_lines=True, expand=True)
+    table = Table(show_header=False, title=_nearer(question.where), title_justify="left", show_lines=True, expand=True)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(ratio=1, overflow="fold")
     table.add_row("asked", Text(_visible(question.asked)))
