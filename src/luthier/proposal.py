@@ -19,6 +19,8 @@ from luthier.methods import METHODS, get_method
 from luthier.models.loading import load_tokenizer
 
 _MEASURED = 2_000
+# Rows to validate on, and to test on, are about so many at most.
+_HELD_OUT = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,7 @@ def propose_recipe(data: Path, *, model: str, method: str, recipe_dir: Path) -> 
             where=f"{first.file}:{first.line}" if first else None,
             remedy=f"{first.message}; {first.remedy or 'mend the rows'}" if first else "put rows into it",
         )
-    lengths = _lengths(loaded.examples, model)
-    longest = int(lengths.max()) if len(lengths) else 2048
+    lengths, longest = _lengths(loaded.examples, model)
     max_length = max(64, -(-longest // 64) * 64)
     rows = len(loaded.examples)
     seen = [
@@ -68,21 +69,23 @@ def propose_recipe(data: Path, *, model: str, method: str, recipe_dir: Path) -> 
     return RecipeProposal(_text(data, found, model, method, recipe_dir, rows, max_length), seen)
 
 
-def _lengths(examples: list[TrainingExample], model: str) -> np.ndarray:
-    tokenizer = load_tokenizer(model)
-    # Every row is measured up to some thousands; then those with the most characters, which are the longest.
-    chosen = examples
-    if len(examples) > _MEASURED:
-        by_size = sorted(examples, key=lambda e: len(e.to_causal_lm_format()))
-        chosen = by_size[-_MEASURED // 2 :] + by_size[:: max(1, 2 * len(by_size) // _MEASURED)]
-    encoded = Encoder(Renderer(tokenizer, allow_special_tokens=True)).encode(chosen)
-    return np.array([len(e) for e in encoded.examples])
+def _lengths(examples: list[TrainingExample], model: str) -> tuple[np.ndarray, int]:
+    """Tokens of rows taken evenly over all sizes, and of the longest row."""
+    encoder = Encoder(Renderer(load_tokenizer(model), allow_special_tokens=True))
+    by_size = sorted(examples, key=lambda e: len(e.to_causal_lm_format()))
+    # Up to some thousands every row is measured; of more, an even sample, and those with the most characters.
+    even = by_size[:: max(1, -(-2 * len(by_size) // _MEASURED))] if len(by_size) > _MEASURED else by_size
+    largest = by_size[-_MEASURED // 2 :] if len(by_size) > _MEASURED else []
+    lengths, extreme = (np.array([len(e) for e in encoder.encode(rows).examples]) for rows in (even, largest))
+    return lengths, int(max([*lengths, *extreme], default=2048))
 
 
 def _text(data: Path, found: Proposal, model: str, method: str, recipe_dir: Path, rows: int, max_length: int) -> str:
     chosen = get_method(method)
     # Many rows teach in one pass; a few hundred want three (the field's rule of 1 to 3 epochs).
     epochs = 3 if rows < 5_000 else 2 if rows < 20_000 else 1
+    # A tenth of a small file; of a large one no more than a loss needs, for every validation reads them all.
+    share = float(f"{min(0.1, _HELD_OUT / max(rows, 1)):.1g}")
     columns = {k: v for k, v in found.columns.model_dump().items() if v is not None}
     path = os.path.relpath(data.absolute(), recipe_dir.absolute())
     lines = [
@@ -97,7 +100,7 @@ def _text(data: Path, found: Proposal, model: str, method: str, recipe_dir: Path
             if columns
             else ["  # columns: {prompt: …, response: …} where the format is not recognised"]
         ),
-        "  split: {validation: 0.1, test: 0.1}  # shares kept from training; or name data.validation and data.test",
+        f"  split: {{validation: {share:g}, test: {share:g}}}  # kept from training; or name data.validation, data.test",
         f"  max_length: {max_length}  # tokens; no row of this file is longer",
         "  # truncation: reject  # longer rows are refused and listed; cut loses an answer's end",
         "  # system: You are …  # a system message for rows without one",

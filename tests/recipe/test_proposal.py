@@ -1,0 +1,36 @@
+"""What `luthier init` says of a file is true of all its rows."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+from luthier.data.encode import Encoder
+from luthier.data.loader import DatasetLoader
+from luthier.data.render import Renderer
+from luthier.models.loading import load_tokenizer
+from luthier.proposal import propose_recipe
+
+
+@pytest.mark.parametrize("rows", [300, 4_000])
+def test_lengths_and_shares(rows, tiny_model_dir, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": f"Say {i}.", "response": "word " * (80 if i % 5 == 0 else 3 + i % 4)}) + "\n"
+            for i in range(rows)
+        )
+    )
+    proposal = propose_recipe(file, model=str(tiny_model_dir), method="lora", recipe_dir=tmp_path)
+    encoder = Encoder(Renderer(load_tokenizer(str(tiny_model_dir))))
+    lengths = sorted(len(e) for e in encoder.encode(DatasetLoader().load_from_jsonl(file).examples).examples)
+    line = next(seen for seen in proposal.seen if "tokens a row" in seen)
+    middle, most, longest = (int(n) for n in re.findall(r"\d+ (?=in|at|the)", line))
+    assert longest == lengths[-1]
+    assert middle == pytest.approx(lengths[len(lengths) // 2], abs=1)
+    assert most == pytest.approx(lengths[int(0.99 * len(lengths))], abs=1)
+    share = yaml.safe_load(proposal.text)["data"]["split"]["validation"]
+    assert share == (0.1 if rows == 300 else 0.07)
