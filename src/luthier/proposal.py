@@ -100,7 +100,7 @@ def _text(data: Path, found: Proposal, model: str, method: str, recipe_dir: Path
             if columns
             else ["  # columns: {prompt: …, response: …} where the format is not recognised"]
         ),
-        f"  split: {{validation: {share:g}, test: {share:g}}}  # kept from training; or name data.validation, data.test",
+        f"  split: {{validation: {share:g}, test: {share:g}}}  # kept from training; or data.validation, data.test",
         f"  max_length: {max_length}  # tokens; no row of this file is longer",
         "  # truncation: reject  # longer rows are refused and listed; cut loses an answer's end",
         "  # system: You are …  # a system message for rows without one",
