@@ -127,7 +127,8 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     torch.manual_seed(recipe.seed)
     model = method.wrap(base, recipe.method, new_tokens).to(accelerator.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    loss_function = LossFunction(model, batching=spec.batching, pad_token_id=pad)
+    share = recipe.training.share_prefix != "never"
+    loss_function = LossFunction(model, batching=spec.batching, pad_token_id=pad, share_prefix=share)
     return Prepared(recipe, method, tokenizer, base, model, loss_function, dataset, added, accelerator)
 
 

@@ -185,6 +185,9 @@ class TrainingSection(Section):
     """Gradients are scaled down to this norm; 0: never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory."""
+    share_prefix: Literal["auto", "never"] = "auto"
+    """Rows of a batch that begin with the same tokens (system text, tools, few-shot examples) compute them once, with
+    the same gradients; auto: where at least 16 tokens are shared. Rows then share one dropout mask there."""
     logging_steps: int = Field(1, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_steps: int | None = Field(None, ge=1)

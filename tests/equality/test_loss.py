@@ -27,7 +27,7 @@ def rows(vocabulary: int, lengths=(7, 31, 12, 5), seed: int = 0) -> list[Encoded
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("count", [1, 5, 64, 65, 200])
 def test_chunked_is_plain_cross_entropy(monkeypatch, bias, count):
-    monkeypatch.setattr(loss_module, "CHUNK", 64)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES_TRAINED_HEAD", 64 * 90 * 4)  # 64 rows of 90 float32 logits
     torch.manual_seed(0)
     hidden, weight = torch.randn(count, 16), torch.randn(90, 16)
     tensors = [hidden, weight, *([torch.randn(90)] if bias else [])]
@@ -129,8 +129,21 @@ def test_padding_has_the_same_targets():
     assert torch.equal(packed.targets, padded.targets)
     flat = padded.input_ids.reshape(-1)
     assert torch.equal(flat[padded.kept + 1], padded.targets)
-    assert torch.equal(packed.input_ids[0][packed.kept + 1], packed.targets)
     assert padded.tokens == packed.tokens == sum(map(len, examples))
+    # Every kept position of the packed row stands right before its target, in the target's own example.
+    before = [row.input_ids[np.flatnonzero(row.trained) - 1] for row in examples]
+    assert packed.input_ids[0][packed.kept].tolist() == np.concatenate(before).tolist()
+    position = np.concatenate([np.flatnonzero(row.trained) - 1 for row in examples])
+    assert packed.position_ids[0][packed.kept].tolist() == position.tolist()
+
+
+def test_what_follows_the_last_target_is_left_out():
+    examples = rows(100)
+    for row in examples:
+        row.trained[-3:] = False
+    packed = pack(examples)
+    last = [max(np.flatnonzero(row.trained), default=0) for row in examples]
+    assert packed.computed == sum(last) < packed.tokens
 
 
 def test_a_model_that_looks_across_borders_is_not_packed(tiny_model_dir, monkeypatch):

@@ -119,6 +119,8 @@ def train(
         f"({state.tokens / max(state.seconds, 1e-9):,.0f} tokens/s); saved {result.saved}",
         highlight=False,
     )
+    if (saved := 1 - state.computed_tokens / max(state.tokens, 1)) > 0.02:
+        console.print(f"{saved:.0%} of the tokens needed no computing: rows began alike, or ended untrained")
     folder = result.run_dir
     lines = [f"  luthier chat {folder}" + " " * 12 + "talk to it (--compare: beside its base)"]
     if result.saved.name == "adapter":

@@ -9,13 +9,16 @@ import numpy as np
 import torch
 
 from luthier.data.encode import EncodedExample
+from luthier.data.prefixes import group_by_prefix
 
 
 @dataclass(slots=True)
 class Batch:
     """One forward pass.
 
-    Packed: the examples lie end to end in one row, N tokens in all, and nothing is padding.
+    Packed: the examples lie end to end in one row, N tokens in all, and nothing is padding. What follows an example's
+    last target is left out, for nothing depends on it. Where examples begin alike, their common beginning may stand in
+    the row once, as a segment of its own, followed by the rest of each.
     Padded: one row an example, L the longest, padding on the right.
     """
 
@@ -23,10 +26,11 @@ class Batch:
     """``[1, N] int64`` packed, ``[B, L]`` padded"""
     position_ids: torch.Tensor
     """the same shape; restarts at 0 for each example"""
-    cu_seqlens: torch.Tensor
-    """``[B + 1] int32``: where each example begins in the packed row"""
+    segments: torch.Tensor
+    """``[S, 4] int32``: where each run of tokens begins and ends in the packed row, where the prefix that it shares
+    begins, and the length of that (0: it shares none)"""
     kept: torch.Tensor
-    """``[K] int64``: flat positions whose next token is trained"""
+    """``[K] int64``: flat positions whose next token is trained, in the examples' order"""
     targets: torch.Tensor
     """``[K] int64``: those next tokens"""
     attention_mask: torch.Tensor | None
@@ -43,8 +47,24 @@ class Batch:
         return len(self.targets)
 
     @property
+    def shares(self) -> bool:
+        """Whether some tokens stand for several examples."""
+        return bool(self.segments[:, 3].any())
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model computes: fewer than ``tokens`` where examples share them, more where it is padded."""
+        return self.input_ids.numel()
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """``[S + 1] int32``: the borders of the segments, in the form of variable-length attention."""
+        return torch.cat([self.segments[:1, 0], self.segments[:, 1]])
+
+    @property
     def longest(self) -> int:
-        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+        """Tokens of the longest segment."""
+        return int((self.segments[:, 1] - self.segments[:, 0]).max())
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -53,29 +73,57 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            segments=self.segments.to(device, non_blocking=True),
             kept=self.kept.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             attention_mask=mask,
         )
 
 
-def pack(examples: Sequence[EncodedExample]) -> Batch:
-    """Examples end to end in one row; see :class:`Batch` for shapes."""
-    lengths = np.array([len(e) for e in examples], dtype=np.int64)
-    ids = np.concatenate([e.input_ids for e in examples]).astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(len(ids), dtype=np.int64) - np.repeat(starts[:-1], lengths)
-    target_at = np.flatnonzero(np.concatenate([e.trained for e in examples]))
+def pack(examples: Sequence[EncodedExample], *, share: bool = False) -> Batch:
+    """Examples end to end in one row; see :class:`Batch` for shapes.
+
+    Args:
+        examples: one without a trained token takes no part.
+        share: let examples share what they begin with.
+    """
+    targets = [np.flatnonzero(e.trained) for e in examples]
+    # The last target is predicted from the token before it; what follows is no input of anything.
+    inputs = [e.input_ids[: at[-1] if len(at) else 0] for e, at in zip(examples, targets, strict=True)]
+    groups = group_by_prefix(inputs) if share else [([i], 0) for i in range(len(examples))]
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    segments: list[tuple[int, int, int, int]] = []
+    kept: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(examples)
+    end = 0
+
+    def append(tokens: np.ndarray, position: int, prefix: int, shared: int) -> int:
+        nonlocal end
+        ids.append(tokens)
+        positions.append(np.arange(position, position + len(tokens)))
+        begin, end = end, end + len(tokens)
+        segments.append((begin, end, prefix, shared))
+        return begin
+
+    for members, shared in groups:
+        prefix = append(inputs[members[0]][:shared], 0, 0, 0) if shared else 0
+        for number in members:
+            if not len(targets[number]):
+                continue
+            begin = append(inputs[number][shared:], shared, prefix, shared)
+            # A target's position is that of the token before it.
+            before = targets[number] - 1
+            kept[number] = np.where(before < shared, prefix + before, begin + before - shared)
     return Batch(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        # The first token of an example is never trained, so the position before a target is in the same example.
-        kept=torch.from_numpy(target_at - 1),
-        targets=torch.from_numpy(ids[target_at]),
+        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        position_ids=torch.from_numpy(np.concatenate(positions))[None],
+        segments=torch.tensor(segments, dtype=torch.int32),
+        kept=torch.from_numpy(np.concatenate(kept)),
+        targets=torch.from_numpy(
+            np.concatenate([e.input_ids[at] for e, at in zip(examples, targets, strict=True)]).astype(np.int64)
+        ),
         attention_mask=None,
-        tokens=len(ids),
+        tokens=sum(map(len, examples)),
     )
 
 

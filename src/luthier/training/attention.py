@@ -8,7 +8,10 @@ not grow with the square of the length.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +22,29 @@ NAME = "luthier"
 
 # Longest example, in tokens, whose score matrix is held in memory: beyond it SDPA is as fast and leaner.
 PLAIN_LIMIT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a model's attention module asks of its attention function."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+_recorded: dict[torch.nn.Module, AttentionCall] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[torch.nn.Module, AttentionCall]]:
+    """Collects what each attention module asks for while packed rows run through a model."""
+    global _recorded
+    _recorded = {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
 
 
 def register() -> str:
@@ -41,6 +67,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention that never crosses an example's border.
@@ -52,6 +79,8 @@ def packed_attention(
         sliding_window: how many tokens back, itself included, a token sees; None: all.
         softcap: scores become ``softcap · tanh(scores / softcap)`` (Gemma 2).
         cu_seq_lens_q: ``[B + 1] int32`` borders of the examples; None: the row is one example.
+        segments: ``[S, 4] int32`` of :class:`~luthier.data.batch.Batch`, where examples share prefixes; they take
+            the place of the borders.
 
     Returns:
         ``[1, N, H, d]`` and no weights.
@@ -64,6 +93,11 @@ def packed_attention(
         raise ValueError(f"packed attention does not do {unknown or 'masks or two-way attention'}")
     if query.shape[2] != key.shape[2]:
         raise ValueError("packed attention takes whole sequences, not a cache")
+    if _recorded is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        _recorded[module] = AttentionCall(scale, sliding_window, softcap)
+    if segments is not None:
+        return _shared(query[0], key[0], value[0], segments, scaling, dropout, sliding_window, softcap), None
     borders = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = [end - begin for begin, end in itertools.pairwise(borders)]
@@ -86,6 +120,34 @@ def packed_attention(
     return torch.cat(outputs)[None], None
 
 
+def _shared(
+    q: torch.Tensor,  # [H, N, d]
+    k: torch.Tensor,  # [Hkv, N, d]
+    v: torch.Tensor,
+    segments: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Segments whose keys are a shared prefix and their own tokens: ``[1, N, H, d]``."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    for begin, end, prefix, shared in segments.tolist():
+        own = q[:, begin:end]
+        keys, values = (torch.cat([t[:, prefix : prefix + shared], t[:, begin:end]], 1) for t in (k, v))
+        if softcap is not None or (window is not None and window < keys.shape[1]):
+            outputs.append(_plain(own, keys, values, scale, dropout, window, softcap))
+            continue
+        keys, values = (t.repeat_interleave(len(q) // len(k), 0)[None] for t in (keys, values))
+        mask = causal_lower_right(own.shape[1], keys.shape[2])
+        out = F.scaled_dot_product_attention(own[None], keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)[None]
+
+
 def _plain(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -97,20 +159,20 @@ def _plain(
 ) -> torch.Tensor:
     """One example by matrix products and autograd, softmax in float32; the plain reference of `_Folded`.
 
-    q ``[H, n, d]``, k and v ``[Hkv, n, d]`` → ``[n, H, d]``.
+    q ``[H, n, d]``, k and v ``[Hkv, m, d]`` with the keys of a shared prefix before the n own ones → ``[n, H, d]``.
     """
     heads, n, d = q.shape
-    kv_heads = k.shape[0]
-    scores = torch.bmm(q.reshape(kv_heads, -1, d), k.transpose(1, 2)).float().view(heads, n, n) * scale
+    kv_heads, m, _ = k.shape
+    scores = torch.bmm(q.reshape(kv_heads, -1, d), k.transpose(1, 2)).float().view(heads, n, m) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_()
+    seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril_(m - n)
     if window is not None:
-        hidden = hidden.triu_(1 - window)
-    weights = scores.masked_fill(~hidden, float("-inf")).softmax(-1).to(v.dtype)
+        seen = seen.triu_(m - n + 1 - window)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype)
     if dropout:
         weights = F.dropout(weights, dropout)
-    out = torch.bmm(weights.view(kv_heads, -1, n), v)
+    out = torch.bmm(weights.view(kv_heads, -1, m), v)
     return out.view(heads, n, d).transpose(0, 1)
 
 

@@ -37,6 +37,8 @@ class TrainState:
     evaluations_without_gain: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    computed_tokens: int = 0
+    """tokens that the model computed: fewer than ``tokens`` where rows shared their beginnings"""
     seconds: float = 0.0
     course: dict[str, Any] = field(default_factory=dict)
     """what shapes the course of training: settings and the hash of the training rows; a run goes on only with the

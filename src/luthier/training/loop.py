@@ -124,9 +124,7 @@ class Trainer:
         self._signal: int | None = None
         self._log: MetricsLog | None = None
         if settings.gradient_checkpointing:
-            model.activation_checkpointing_enable(  # type: ignore[operator]
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            loss_function.recompute_activations()
 
     def run(self, *, resume: bool = False) -> Outcome:
         """Train to the end, or go on from the newest whole checkpoint.
@@ -179,7 +177,9 @@ class Trainer:
         micro = self.order.step(step, self.accelerator.process_index)
         batches = [self.loss_function.batch([self.train_rows[i] for i in indices]) for indices in micro]
         # One count for the whole step, over all forward passes and processes: each trained token weighs the same.
-        trained, tokens = self._sum([sum(b.trained_tokens for b in batches), sum(b.tokens for b in batches)])
+        trained, tokens, computed = self._sum(
+            [sum(getattr(b, key) for b in batches) for key in ("trained_tokens", "tokens", "computed")]
+        )
         total = torch.zeros((), device=self.accelerator.device)
         for batch in batches:
             loss = self.loss_function(batch.to(self.accelerator.device)) / trained
@@ -201,6 +201,7 @@ class Trainer:
         state.step += 1
         state.tokens += int(tokens)
         state.trained_tokens += int(trained)
+        state.computed_tokens += int(computed)
         state.seconds += seconds
         record = {
             "step": state.step,
@@ -210,6 +211,7 @@ class Trainer:
             "grad_norm": norm,
             "tokens": int(tokens),
             "trained_tokens": int(trained),
+            "computed_tokens": int(computed),
             "seconds": round(seconds, 4),
         }
         self.reporter.step(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ import torch.nn.functional as F
 
 from luthier.data.batch import Batch, pack, pad
 from luthier.data.encode import EncodedExample
+from luthier.training import attention
+from luthier.training.fused import kernels, reference
+from luthier.training.fused.decoder import FusedDecoder, NotFused
 
-# Positions whose logits exist at one time on a CPU; [128, vocab] in float32 is 25 MB for a vocabulary of 49 thousand,
-# which stays below the size that the allocator maps anew (see allocator). Other devices take eight times as many.
-CHUNK = 128
+# Bytes of logits that exist at one time, in the model's precision. On a CPU they stay below the size that the
+# allocator maps anew (see allocator), except where the head itself is trained: its gradient is added up in float32
+# once a chunk, a pass over the whole vocabulary that few large chunks make cheap.
+CHUNK_BYTES = 30 << 20
+CHUNK_BYTES_TRAINED_HEAD = 96 << 20
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -37,23 +43,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        size = CHUNK if hidden.device.type == "cpu" else 8 * CHUNK
+        ops = _ops_for(hidden)
+        size = chunk_rows(weight, wants_weight)
         for begin in range(0, len(targets), size):
             rows, goal = hidden[begin : begin + size], targets[begin : begin + size]
-            logits = F.linear(rows, weight, bias).float()  # [chunk, V]
-            normaliser = logits.logsumexp(-1)
-            total += (normaliser - logits.gather(1, goal[:, None])[:, 0]).sum()
-            if not (wants_hidden or wants_weight or wants_bias):
-                continue
-            grad = logits.sub_(normaliser[:, None]).exp_()
-            grad[torch.arange(len(goal), device=goal.device), goal] -= 1
+            logits = F.linear(rows, weight, bias)  # [chunk, V]
+            wanted = wants_hidden or wants_weight or wants_bias
+            total += ops.cross_entropy_(logits, goal, gradient=wanted).sum()
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+                grad_bias += logits.sum(0, dtype=torch.float32)
             if grad_hidden is not None:
-                grad_hidden[begin : begin + size] = grad @ weight
+                torch.mm(logits, weight, out=grad_hidden[begin : begin + size])
             if grad_weight is not None:
-                grad_weight += grad.t() @ rows
+                grad_weight += logits.t() @ rows
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -61,11 +63,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [
-            None if grad is None else (grad * grad_output).to(dtype)
+            None if grad is None else grad.mul_(grad_output).to(dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = (None, None, None)
         return (*scaled, None)
+
+
+def _ops_for(hidden: torch.Tensor) -> Any:
+    """The compiled kernels where they fit the tensor, else their plain reference."""
+    compiled = kernels.load() if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 else None
+    return reference if compiled is None else compiled
+
+
+def chunk_rows(weight: torch.Tensor, trained: bool = False) -> int:
+    """Positions whose logits ``[chunk, V]`` exist at one time."""
+    limit = CHUNK_BYTES_TRAINED_HEAD if trained or weight.device.type != "cpu" else CHUNK_BYTES
+    rows = limit // (len(weight) * weight.element_size())
+    return max(32, rows // 32 * 32)
 
 
 def linear_cross_entropy(
@@ -86,19 +101,38 @@ def linear_cross_entropy(
 class LossFunction:
     """The summed loss of a batch under a model, by the leanest way that the model proves to allow.
 
-    Two questions are put to the model itself, on two short rows, rather than to a table of architectures: does it
-    give the same logits for packed examples as for each alone? And are its logits a plain linear head of its last
-    hidden states? Where not, batches are right-padded, or the model's own head computes the logits.
+    Three questions are put to the model itself, on short rows, rather than to a table of architectures: does it give
+    the same logits for packed examples as for each alone? Are its logits a plain linear head of its last hidden states?
+    And do the fused layers give the same logits as its own? Where not, batches are right-padded, the model's own head
+    computes the logits, or its own layers run.
+
+    Args:
+        model: wrapped by its method.
+        batching: ``auto``, ``packed`` or ``padded``.
+        pad_token_id: fills padded rows; masked.
+        share_prefix: whether examples of a batch that begin alike share the computation of their beginning.
+        ops: kernels of the fused layers; None: the compiled ones where they fit the model.
 
     Attributes:
         packed: whether batches are padding-free.
         head: whether the loss is computed in chunks from hidden states.
-        reason: why not, in words for the user, where either is false.
+        fused: the fused layers; None where the model's own modules run.
+        reason: why batches are padded, in words for the user; empty where they are not.
+        fused_reason: why layers are not fused; empty where they are.
     """
 
-    def __init__(self, model: torch.nn.Module, *, batching: str = "auto", pad_token_id: int = 0) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        batching: str = "auto",
+        pad_token_id: int = 0,
+        share_prefix: bool = True,
+        ops: Any = None,
+    ) -> None:
         self.model = model
         self.pad_token_id = pad_token_id
+        self.share_prefix = share_prefix
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.body = base.get_decoder() if hasattr(base, "get_decoder") else None
         if self.body is base:
@@ -106,23 +140,45 @@ class LossFunction:
         self.output = base.get_output_embeddings()
         self.selects = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.reason = ""
+        self.fused_reason = ""
         self.head = False
         self.packed = False
+        self.fused: FusedDecoder | None = None
         with _evaluating(model), torch.no_grad():
             self._probe(base, batching)
+            try:
+                self.fused = self._fuse(ops)
+            except NotFused as why:
+                self.fused_reason = str(why)
 
     def batch(self, examples: list[EncodedExample]) -> Batch:
         """The examples as one batch of the form this model takes."""
-        return pack(examples) if self.packed else pad(examples, self.pad_token_id)
+        return pack(examples, share=self.share_prefix) if self.packed else pad(examples, self.pad_token_id)
+
+    def recompute_activations(self) -> None:
+        """Keep the inputs of layers alone and compute the rest again in the backward pass."""
+        if self.fused is not None:
+            self.fused.recompute = True
+        else:
+            self.model.activation_checkpointing_enable(  # type: ignore[operator]
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Sum of the cross-entropies of the batch's targets, float32 scalar. Divide by the step's trained tokens."""
         if self.head:
-            assert self.body is not None
-            hidden = self.body(**self._inputs(batch)).last_hidden_state
-            kept = hidden.reshape(-1, hidden.shape[-1])[batch.kept]
-            return linear_cross_entropy(kept, self.output.weight, getattr(self.output, "bias", None), batch.targets)
+            return linear_cross_entropy(
+                self._hidden(batch), self.output.weight, getattr(self.output, "bias", None), batch.targets
+            )
         return F.cross_entropy(self.logits(batch).float(), batch.targets, reduction="sum")
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """``[K, D]`` last hidden states at the kept positions."""
+        if self.fused is not None and batch.packed:
+            return self.fused(batch)
+        assert self.body is not None
+        hidden = self.body(**self._inputs(batch)).last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1])[batch.kept]
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """``[K, V]`` logits at the kept positions, by the model's own head."""
@@ -136,8 +192,10 @@ class LossFunction:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if not batch.packed:
             return inputs | {"attention_mask": batch.attention_mask}
+        inputs["position_ids"] = batch.position_ids
+        if batch.shares:
+            return inputs | {"segments": batch.segments}
         return inputs | {
-            "position_ids": batch.position_ids,
             # The names that transformers' variable-length flash attention reads, so that it fits as well.
             "cu_seq_lens_q": batch.cu_seqlens,
             "cu_seq_lens_k": batch.cu_seqlens,
@@ -160,17 +218,44 @@ class LossFunction:
         if self.body is None or not isinstance(self.output, torch.nn.Linear):
             return
         batch = self.batch(_probe_rows(self.model)).to(next(self.model.parameters()).device)
-        hidden = self.body(**self._inputs(batch)).last_hidden_state
-        direct = self.output(hidden.reshape(-1, hidden.shape[-1])[batch.kept]).float()
+        direct = self.output(self._hidden(batch)).float()
         own = self.logits(batch).float()
         half = self.output.weight.dtype in (torch.bfloat16, torch.float16)
         apart = float((direct - own).abs().mean())
         self.head = apart <= (1e-3 if half else 1e-6) * float(own.std()) and not _bends_logits(base)
 
+    def _fuse(self, ops: Any) -> FusedDecoder:
+        """The fused layers, where they give the logits of the model's own.
+
+        Raises:
+            NotFused: they do not, or there are none for this model.
+        """
+        if not (self.packed and self.head):
+            raise NotFused(self.reason or "its logits are no plain linear head of its last hidden states")
+        parameters = list(self.model.parameters())
+        if ops is None:
+            if any(p.device.type != "cpu" or p.dtype != torch.bfloat16 for p in parameters):
+                raise NotFused("the kernels are for bfloat16 on a CPU")
+            ops = kernels.load()
+            if ops is None:
+                raise NotFused(kernels.why_not())
+        rows = _probe_rows(self.model)
+        batch = pack(rows)
+        # Far along as well, where a scale that depends on the position would show.
+        far = replace(batch, position_ids=batch.position_ids + _context(self.model) // 2)
+        with attention.recording() as calls:
+            own = [self.output(self._hidden(b)).float() for b in (batch, far)]
+        fused = FusedDecoder(self.body, calls, ops)
+        half = parameters[0].dtype in (torch.bfloat16, torch.float16)
+        for theirs, at in zip(own, (batch, far), strict=True):
+            apart = float((self.output(fused(at)).float() - theirs).abs().mean())
+            bound = (0.15 if half else 0.01) * float(theirs.std())
+            if not apart <= bound:
+                raise NotFused(f"fused layers change its logits by {apart:.2g} (bound {bound:.2g})")
+        return fused
+
     def _why_not_packed(self) -> str:
         """Empty where packed rows give each example the logits it has alone; leaves packed attention set."""
-        from luthier.training import attention
-
         rows = _probe_rows(self.model)
         device = next(self.model.parameters()).device
         self.model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -191,6 +276,12 @@ class LossFunction:
         if moved > 1e-3 * bound:
             return f"an example changes the logits of the next one by {moved:.2g} in packed rows"
         return ""
+
+
+def _context(model: torch.nn.Module) -> int:
+    """Longest context that the model's config names, in tokens."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return int(getattr(config, "max_position_embeddings", 0) or 0)
 
 
 def _bends_logits(model: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import Recipe
+from luthier.training.fused import kernels
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight import model_checks as checks
@@ -50,7 +51,15 @@ def preflight(
         "rows": {part.name: part.summary() for part in dataset.parts},
         "parameters": {"trained": trained, "all": every},
         "packed": loss_function.packed,
+        "fused": loss_function.fused is not None,
+        "fused_reason": loss_function.fused_reason,
     }
+    if device.type == "cpu" and not kernels.load() and kernels.compilable():
+        findings.append(
+            Finding(
+                "no_kernels", "info", f"training takes slower kernels: {kernels.why_not()}", "install g++ or clang++"
+            )
+        )
     if not loss_function.packed:
         findings.append(
             Finding("padded", "info", f"batches are right-padded: {loss_function.reason}", "slower, the same loss")

@@ -1,0 +1,1 @@
+"""The fused decoder: whole layers as one autograd function each, with kernels written for this work."""
