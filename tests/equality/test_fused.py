@@ -256,3 +256,41 @@ def test_the_compiled_layers_are_as_exact_as_the_models_own(smollm2_dir, tokeniz
     # Both are one draw of rounding's noise; a wrong scale or a lost term would be many times as far away.
     assert apart(fused) <= 1.3 * apart(own) < 0.3
     assert abs(float(fused["loss"]) - float(expected["loss"])) < 0.02 * float(expected["loss"])
+
+
+def test_a_young_adapter_is_not_rounded_away(smollm2_dir, tokenizer):
+    """What matrices of the size of a first step do to the loss is what they do in float32.
+
+    Added to values that are rounded to bfloat16 already, most of it would vanish.
+    """
+    if kernels.load() is None:
+        pytest.skip(kernels.why_not())
+    torch.manual_seed(0)
+    text = "The quick brown fox jumps over the lazy dog and runs along the river until the sun goes down."
+    examples = Encoder(Renderer(tokenizer)).encode([TrainingExample("Tell me a story.", text)]).examples
+    rounded = get_method("lora").wrap(load_model(smollm2_dir, dtype=torch.float32), LoraMethod(lora_dropout=0.0), [])
+    rounded = rounded.to(torch.bfloat16)
+    function = LossFunction(rounded)
+    assert function.fused is not None, function.fused_reason
+    # One step down the gradient's signs, as Adam's first one.
+    gradients = step(rounded, function, pack(examples))
+    matrices = {n: p for n, p in rounded.named_parameters() if "lora_B" in n}
+    with torch.no_grad():
+        for name, parameter in matrices.items():
+            parameter -= 2e-4 * gradients[name].sign()
+    exact = get_method("lora").wrap(load_model(smollm2_dir, dtype=torch.float32), LoraMethod(lora_dropout=0.0), [])
+    exact.load_state_dict({name: value.float() for name, value in rounded.state_dict().items()})
+
+    def gain(model, own: bool) -> float:
+        measure = LossFunction(model)
+        if own:
+            measure.fused = None
+        batch = pack(examples)
+        with torch.no_grad():
+            tuned = float(measure(batch))
+            with model.disable_adapter():
+                return (float(measure(batch)) - tuned) / batch.trained_tokens
+
+    expected = gain(exact, own=True)
+    assert expected > 0.02
+    assert gain(rounded, own=False) == pytest.approx(expected, rel=0.3)

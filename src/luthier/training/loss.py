@@ -44,10 +44,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         ops = _ops_for(hidden)
-        size = chunk_rows(weight, wants_weight)
+        size = min(chunk_rows(weight, wants_weight), len(targets))
+        room = hidden.new_empty(size, len(weight))  # one allocation for all chunks
         for begin in range(0, len(targets), size):
             rows, goal = hidden[begin : begin + size], targets[begin : begin + size]
-            logits = F.linear(rows, weight, bias)  # [chunk, V]
+            logits = torch.mm(rows, weight.t(), out=room[: len(rows)])  # [chunk, V]
+            if bias is not None:
+                logits += bias
             wanted = wants_hidden or wants_weight or wants_bias
             total += ops.cross_entropy_(logits, goal, gradient=wanted).sum()
             if grad_bias is not None:

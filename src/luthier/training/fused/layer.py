@@ -120,20 +120,24 @@ class _Group:
         return self.ops.dropout(x, self.seed, self.keep) if self.keep < 1 else x
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[list[torch.Tensor], Any]:
-        """Each projection of x, ``residual`` added; and the low-rank values ``[N, R]``."""
+        """Each projection of x, ``residual`` added; and the low-rank values ``[N, R]``.
+
+        The low-rank product comes first and the large one is added to it in float32, before the one rounding to
+        bfloat16. The other way round, it would be added to values that lie on bfloat16's grid already, and whatever
+        is less than half a step of it would vanish: early in training that is most of what a LoRA does.
+        """
         low = self.dropped(x) @ self.a.t() if self.a is not None else None
         outputs = []
         for projection, scale, piece in self._with_pieces(low):
-            weight = projection.weight.t()
-            if residual is not None:
-                y = torch.addmm(residual, x, weight)
+            weight, b = projection.weight.t(), projection.b
+            if b is not None:
+                y = (piece @ b.t()).mul_(scale)
                 if projection.bias is not None:
                     y += projection.bias
+                y.addmm_(x, weight)
             else:
                 y = x @ weight if projection.bias is None else torch.addmm(projection.bias, x, weight)
-            if projection.b is not None:
-                y.addmm_(piece, projection.b.t(), alpha=scale)
-            outputs.append(y)
+            outputs.append(y if residual is None else y.add_(residual))
         return outputs, low
 
     def _with_pieces(self, low: torch.Tensor | None) -> Iterator[tuple[Projection, float, Any]]:
@@ -145,23 +149,19 @@ class _Group:
 
     def backward_input(self, grads: Sequence[torch.Tensor], wanted: bool = True) -> tuple[Any, Any]:
         """Gradient with respect to x (None where it is not wanted), and to the low-rank values ``[N, R]``."""
-        dx = None
+        dx = dlow = None
+        if self.a is not None:
+            pieces = [
+                (grad @ p.b).mul_(scale)
+                for p, scale, grad in zip(self.projections, self.scales, grads, strict=True)
+                if p.b is not None
+            ]
+            dlow = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+            # First for the reason that `forward` gives.
+            dx = self.dropped(dlow @ self.a) if wanted else None
         if wanted:
             for projection, grad in zip(self.projections, grads, strict=True):
                 dx = grad @ projection.weight if dx is None else dx.addmm_(grad, projection.weight)
-        if self.a is None:
-            return dx, None
-        pieces = [
-            (grad @ p.b).mul_(scale)
-            for p, scale, grad in zip(self.projections, self.scales, grads, strict=True)
-            if p.b is not None
-        ]
-        dlow = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        if wanted:
-            if self.keep < 1:
-                dx += self.dropped(dlow @ self.a)  # type: ignore[operator]
-            else:
-                dx.addmm_(dlow, self.a)  # type: ignore[union-attr]
         return dx, dlow
 
     def backward_weights(
