@@ -83,7 +83,8 @@ def chunk_rows(weight: torch.Tensor, trained: bool = False) -> int:
     """Positions whose logits ``[chunk, V]`` exist at one time."""
     limit = CHUNK_BYTES_TRAINED_HEAD if trained or weight.device.type != "cpu" else CHUNK_BYTES
     rows = limit // (len(weight) * weight.element_size())
-    return max(32, rows // 32 * 32)
+    # Every chunk reads the whole head: fewer rows than this, and reading it takes longer than the products.
+    return max(128, rows // 32 * 32)
 
 
 def linear_cross_entropy(

@@ -120,7 +120,7 @@ class _Group:
         return self.ops.dropout(x, self.seed, self.keep) if self.keep < 1 else x
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[list[torch.Tensor], Any]:
-        """Each projection of x, ``residual`` added; and the low-rank values ``[N, R]``.
+        """Each projection of x, ``residual`` added; and the low-rank values ``[N, R]``, scaled.
 
         The low-rank product comes first and the large one is added to it in float32, before the one rounding to
         bfloat16. The other way round, it would be added to values that lie on bfloat16's grid already, and whatever
@@ -131,7 +131,7 @@ class _Group:
         for projection, scale, piece in self._with_pieces(low):
             weight, b = projection.weight.t(), projection.b
             if b is not None:
-                y = (piece @ b.t()).mul_(scale)
+                y = piece.mul_(scale) @ b.t()
                 if projection.bias is not None:
                     y += projection.bias
                 y.addmm_(x, weight)
@@ -173,14 +173,14 @@ class _Group:
             da = dlow.t() @ self.dropped(x)
         result: list[list[torch.Tensor | None]] = []
         at = 0
-        for (projection, scale, piece), grad, want in zip(self._with_pieces(low), grads, wanted, strict=True):
+        for (projection, _, piece), grad, want in zip(self._with_pieces(low), grads, wanted, strict=True):
             rank = 0 if projection.a is None else len(projection.a)
             result.append(
                 [
                     grad.t() @ x if want[0] else None,
                     grad.float().sum(0).to(grad.dtype) if want[1] else None,
                     da[at : at + rank] if want[2] and da is not None else None,
-                    (grad.t() @ piece).mul_(scale) if want[3] else None,
+                    grad.t() @ piece if want[3] else None,
                 ]
             )
             at += rank
