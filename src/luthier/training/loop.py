@@ -28,6 +28,7 @@ from luthier.training.optimiser import MasterAdamW, learning_rate_factor
 from luthier.training.plan import Plan
 from luthier.training.progress import Reporter, Silent
 from luthier.training.runlog import MetricsLog
+from luthier.training.saver import Saver
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,6 +121,7 @@ class Trainer:
             eps=settings.adam_epsilon,
         )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.save_total_limit)
+        self.saver = Saver(self.checkpoints)
         self.state = TrainState(course=self._course())
         self._signal: int | None = None
         self._log: MetricsLog | None = None
@@ -156,9 +158,11 @@ class Trainer:
                 if step % self.plan.save_steps == 0 or last or stopped != "finished" or self._signal is not None:
                     self._save()
                 if self._signal is not None and not last:
+                    self.saver.wait()
                     raise Interrupted(self._signal, self.checkpoints.folder / f"step-{step}")
                 if stopped != "finished":
                     break
+            self.saver.wait()
             self._take_best()
         finally:
             self.reporter.stop()
@@ -166,6 +170,9 @@ class Trainer:
             self.optimiser.close()
             if self._log is not None:
                 self._log.close()
+            # Last, for it takes as long as the disk does.
+            if (error := self.saver.close()) is not None:
+                self.reporter.say(f"[yellow]the last checkpoint was not saved:[/yellow] {error}")
         return Outcome(self.state, self.plan, stopped, first_eval, loss)
 
     def _step(self) -> float:
@@ -195,6 +202,7 @@ class Trainer:
         rate = self.plan.learning_rate * learning_rate_factor(
             self.settings.lr_scheduler_type, step, self.plan.steps, self.plan.warmup
         )
+        self.saver.before_update()
         self.optimiser.step(rate)
         seconds = time.perf_counter() - began
         state = self.state
@@ -258,9 +266,9 @@ class Trainer:
         return loss
 
     def _save(self) -> None:
-        """A checkpoint of this step, once."""
-        if self.accelerator.is_main_process and self.state.step not in self.checkpoints.steps()[:1]:
-            self.checkpoints.save(self.state, self.optimiser.weights(), self.optimiser.moments())
+        """Begin a checkpoint of this step, once."""
+        if self.accelerator.is_main_process:
+            self.saver.save(self.state, self.optimiser.weights(), self.optimiser.moments())
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
@@ -284,6 +292,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(str(error), where=str(checkpoint.path), remedy="start a new run") from None
         self.state = checkpoint.state
+        self.saver.step = self.state.step
         self.reporter.say(f"going on from step {self.state.step} ({checkpoint.path})")
 
     def _take_best(self) -> None:
@@ -307,6 +316,7 @@ class Trainer:
         """
         if self.state.step:
             self._save()
+            self.saver.wait()
         good = f"the weights of step {self.state.step} are kept in {self.checkpoints.folder}"
         raise UserError(
             f"the {what} of step {self.state.step + 1} is {value}; "
