@@ -48,5 +48,15 @@ def test_the_package_loads_nothing_but_the_standard_library():
 
 def test_the_pipeline_loads_what_it_uses_when_it_uses_it():
     """Scorers, trackers and readers of other formats wait for their turn, which may never come."""
-    late = {"transformers", "peft", "accelerate", "sacrebleu", "rouge_score", "nltk", "tensorboard", "pandas", "pyarrow"}
+    late = {
+        "transformers",
+        "peft",
+        "accelerate",
+        "sacrebleu",
+        "rouge_score",
+        "nltk",
+        "tensorboard",
+        "pandas",
+        "pyarrow",
+    }
     assert not loaded("import luthier.pipeline") & (late | {"gguf", "datasets", "scipy", "charset_normalizer"})

@@ -193,6 +193,18 @@ def test_a_kernel_that_computes_something_else_is_refused():
     assert "change its logits" in LossFunction(tiny("llama"), ops=Wrong()).fused_reason
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_kernel_with_another_gradient_is_refused(method):
+    class Wrong:
+        def __getattr__(self, name):
+            return getattr(reference, name)
+
+        def rotate_(self, x, cosine, sine, *, back=False):
+            return reference.rotate_(x, cosine, sine)
+
+    assert "change the gradient" in LossFunction(wrapped(tiny("llama"), method), ops=Wrong()).fused_reason
+
+
 def test_dropout_is_the_same_forward_and_backward():
     """Gradients under dropout = differences of the loss under the same masks; and the masks follow from the seed."""
     model = wrapped(tiny("llama"), "lora", lora_dropout=0.4)
