@@ -88,6 +88,26 @@ def test_attention(compiled, segments, window, d, heads):
         close(mine, plain)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_attention_of_more_than_one_block(compiled, window):
+    """Longer than the blocks of queries and keys (512 and 256), with scores that grow along the row."""
+    torch.manual_seed(0)
+    q, k, v, grad = half(1300, 2, 32), half(1300, 1, 32), half(1300, 1, 32), half(1300, 2, 32)
+    k *= torch.linspace(0.1, 3, 1300).to(HALF)[:, None, None]  # the running maximum moves from block to block
+    table = torch.tensor([[0, 530, 0, 0], [530, 1300, 0, 530]], dtype=torch.int32)
+    options = {"segments": table, "scale": 32**-0.5, "window": window}
+    out, lse = reference.attention(q, k, v, **options)
+    ours, our_lse = compiled.attention(q, k, v, **options)
+    close(ours, out)
+    close(our_lse, lse, 1e-6)
+    for mine, plain in zip(
+        compiled.attention_backward(grad, q, k, v, out, lse, **options),
+        reference.attention_backward(grad, q, k, v, out, lse, **options),
+        strict=True,
+    ):
+        close(mine, plain)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_repeats_bit_for_bit(compiled, threads):
     """Whatever thread takes which task: the gradient of a shared prefix is a sum over segments in a fixed order."""

@@ -198,7 +198,7 @@ void attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16*
     for (long s = 0; s < count; s++)
         for (long t = 0; t < tasks; t++) {
             const Segment g = segment(s);
-            const long kv = t * size / group, keys = g.keys(), stride = up(keys, KEY_BLOCK) + 2;
+            const long kv = t * size / group, keys = g.keys(), stride = up(keys, 2) + BACK_KEYS;
             float* own = partial + offsets[s] + t * 2 * keys * d;
             std::memset(own, 0, sizeof(float) * 2 * keys * d);
             bf16* columns = scratch.get<bf16>(0, d * stride);
@@ -215,7 +215,7 @@ void attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16*
                                                           _mm512_srli_epi32(pairs, 16));
                     }
             for (long h = t * size; h < (t + 1) * size; h++)
-                backward_head(shape, g, h, q, k, v, out, grad, lse, dq, own, own + keys * d, columns, scratch);
+                backward_head(shape, g, h, q, k, v, out, grad, lse, dq, own, own + keys * d, columns, stride, scratch);
         }
     const long width = kv_heads * d;
 #pragma omp parallel for schedule(static)
