@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from luthier.errors import UserError
+from luthier.training.fused import kernels
 from luthier.training.loop import Interrupted
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
 
@@ -187,6 +188,34 @@ def test_the_optimiser_is_torchs_adamw_with_decay_on_matrices_alone():
         reference.zero_grad()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_one_pass_is_torchs_adamw(backwards):
+    """Sizes that are no multiple of a vector, clipped gradients, several passes a step, bfloat16 and float32."""
+    if kernels.load() is None:
+        pytest.skip(kernels.why_not())
+    settings = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    shapes = {"matrix": (37, 5), "norm": (19,), "large": (64, 48)}
+    torch.manual_seed(0)
+    made = {k: torch.randn(s).to(torch.float32 if k == "norm" else torch.bfloat16) for k, s in shapes.items()}
+    one, other = ({k: torch.nn.Parameter(v.clone()) for k, v in made.items()} for _ in range(2))
+    ours, theirs = MasterAdamW(one, **settings), MasterAdamW(other, **settings, one_pass=False)
+    assert ours._kernels is not None and theirs._kernels is None
+    for step in range(12):
+        norms = []
+        for parameters, optimiser in ((one, ours), (other, theirs)):
+            torch.manual_seed(step)
+            for _ in range(backwards):
+                sum((p * torch.randn_like(p)).sum() * 3 for p in parameters.values()).backward()
+            norms.append(optimiser.clip(1.0))
+            optimiser.step(0.01 / (step + 1))
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 1
+        for name, master in theirs.weights().items():
+            torch.testing.assert_close(ours.weights()[name], master, rtol=1e-5, atol=1e-6, msg=name)
+            assert torch.equal(one[name].detach(), ours.weights()[name].to(one[name].dtype))
+    for name, moment in theirs.moments().items():
+        torch.testing.assert_close(ours.moments()[name], moment, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_updates_below_bfloat16s_step_are_not_lost():

@@ -11,16 +11,20 @@ import math
 
 import torch
 
+from luthier.training.fused.kernels import Kernels, load
+
 
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) over float32 masters of a model's trained parameters.
 
-    Gradients are moved into the masters' as soon as the backward pass has made them, so that those of several
-    forward passes add up in float32 and the model's own are freed at once.
+    The gradient of a step's first backward pass is kept as the model made it; those of further ones are added to it in
+    float32. On CPUs with bfloat16 instructions a step is one pass over memory: gradient scaled, moments, master and the
+    model's rounded copy (`fused/kernels.cpp`); elsewhere it is PyTorch's own fused AdamW.
 
     Args:
         parameters: trained parameters by name.
         weight_decay: applies to matrices; norms, biases and other vectors never decay.
+        one_pass: False: PyTorch's AdamW in any case.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class MasterAdamW:
         weight_decay: float,
         betas: tuple[float, float],
         eps: float,
+        one_pass: bool = True,
     ) -> None:
         self.parameters = parameters
         self.masters = {
@@ -50,39 +55,53 @@ class MasterAdamW:
             eps=eps,
             fused=all(m.device.type in ("cpu", "cuda") for m in matrices),
         )
+        self._kernels = _kernels_for(parameters, self.masters) if one_pass else None
+        # First gradients in the model's precision, by name; and the factor that clipping found for this step's.
+        self._first: dict[str, torch.Tensor] = {}
+        self._times = 1.0
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
+            parameter.register_post_accumulate_grad_hook(self._collector(name))
             for name, parameter in parameters.items()
             if self.masters[name] is not parameter
         ]
 
-    @staticmethod
-    def _collector(master: torch.nn.Parameter):  # type: ignore[no-untyped-def]
+    def _collector(self, name: str):  # type: ignore[no-untyped-def]
+        master = self.masters[name]
+
         def collect(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            if master.grad is None:
-                master.grad = parameter.grad.float()
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if master.grad is not None:
+                master.grad += gradient
+            elif name in self._first:
+                master.grad = self._first.pop(name).float().add_(gradient)
             else:
-                master.grad += parameter.grad
-            parameter.grad = None
+                self._first[name] = gradient
 
         return collect
 
     @property
     def gradients(self) -> list[torch.Tensor]:
         """Float32 gradients so far; a parameter that got none has zeros (every process must hold the same list)."""
-        for master in self.masters.values():
+        for name, master in self.masters.items():
+            if name in self._first:
+                master.grad = self._first.pop(name).float()
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
+    def _as_they_are(self) -> dict[str, torch.Tensor]:
+        """Gradients by name, in the precision they have; those that there are."""
+        found = {name: self._first.get(name, master.grad) for name, master in self.masters.items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
-        """Scale the gradients down to ``max_norm`` (0: never); returns their norm before."""
-        norms = torch._foreach_norm(self.gradients)
-        norm = float(torch.stack(norms).norm())
-        if 0 < max_norm < norm and math.isfinite(norm):
-            torch._foreach_mul_(self.gradients, max_norm / (norm + 1e-6))
+        """Have the next step scale the gradients down to ``max_norm`` (0: never); returns their norm before."""
+        gradients = list(self._as_they_are().values())
+        norms = torch._foreach_norm(gradients, 2, torch.float32) if gradients else [torch.zeros(())]
+        norm = float(torch.stack(list(norms)).norm())
+        self._times = max_norm / (norm + 1e-6) if 0 < max_norm < norm and math.isfinite(norm) else 1.0
         return norm
 
     @torch.no_grad()
@@ -90,9 +109,42 @@ class MasterAdamW:
         """One update at the learning rate ``lr``; gradients are cleared."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
+        if self._kernels is not None:
+            self._step_in_one_pass(self._kernels)
+        else:
+            gradients = self.gradients
+            if self._times != 1.0:
+                torch._foreach_mul_(gradients, self._times)
+            self.adamw.step()
+            self.publish()
         self.adamw.zero_grad(set_to_none=True)
-        self.publish()
+        self._first.clear()
+        self._times = 1.0
+
+    def _step_in_one_pass(self, kernels: Kernels) -> None:
+        names = {id(master): name for name, master in self.masters.items()}
+        gradients = self._as_they_are()
+        for group in self.adamw.param_groups:
+            for master in group["params"]:
+                name = names[id(master)]
+                state = self.adamw.state[master]
+                if not state:
+                    state |= {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(master),
+                        "exp_avg_sq": torch.zeros_like(master),
+                    }
+                state["step"] += 1
+                gradient = gradients.get(name)
+                parameter = self.parameters[name]
+                kernels.adamw_(
+                    *(master, state["exp_avg"], state["exp_avg_sq"]),
+                    torch.zeros_like(master) if gradient is None else gradient.contiguous(),
+                    None if parameter is master else parameter,
+                    step=int(state["step"]),
+                    **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
+                    times=self._times,
+                )
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -141,6 +193,16 @@ class MasterAdamW:
                 # AdamW's fused step wants its counter where the weights are.
                 self.adamw.state[master][field] = value.to(master.device, copy=True)
         self.publish()
+
+
+def _kernels_for(parameters: dict[str, torch.nn.Parameter], masters: dict[str, torch.nn.Parameter]) -> Kernels | None:
+    """The kernels, where every parameter is a plain one that they can take."""
+    plain = all(
+        t.device.type == "cpu" and type(t) is torch.nn.Parameter and t.is_contiguous() and t.dtype in dtypes
+        for tensors, dtypes in ((parameters, (torch.bfloat16, torch.float32)), (masters, (torch.float32,)))
+        for t in tensors.values()
+    )
+    return load() if plain else None
 
 
 def learning_rate_factor(kind: str, step: int, total: int, warmup: int) -> float:

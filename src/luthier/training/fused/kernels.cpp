@@ -158,6 +158,33 @@ void cross_entropy(bf16* logits, const int64_t* targets, float* losses, long row
     }
 }
 
+// One step of AdamW over `count` values: master, mean and variance in place, and `copy` their bfloat16 rounding where it
+// is not null. The gradient is bfloat16 where `half`, and is multiplied by `times`. correction1 = 1 − β1^t.
+void adamw(float* master, float* mean, float* variance, const void* gradient, long half, bf16* copy, long count, float lr,
+           float beta1, float beta2, float eps, float decay, float times, float correction1, float correction2) {
+    const float step = lr / correction1, root = 1.0f / std::sqrt(correction2);
+    const auto part = [&](long i, __mmask16 mask) __attribute__((always_inline)) {
+        const __m512 g = _mm512_mul_ps(
+            half ? _mm512_castsi512_ps(_mm512_slli_epi32(
+                       _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, (const bf16*)gradient + i)), 16))
+                 : _mm512_maskz_loadu_ps(mask, (const float*)gradient + i),
+            _mm512_set1_ps(times));
+        __m512 m = _mm512_maskz_loadu_ps(mask, mean + i), v = _mm512_maskz_loadu_ps(mask, variance + i);
+        m = _mm512_fmadd_ps(_mm512_set1_ps(1 - beta1), _mm512_sub_ps(g, m), m);
+        v = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(1 - beta2), g), g, _mm512_mul_ps(_mm512_set1_ps(beta2), v));
+        const __m512 spread = _mm512_fmadd_ps(_mm512_sqrt_ps(v), _mm512_set1_ps(root), _mm512_set1_ps(eps));
+        __m512 w = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, master + i), _mm512_set1_ps(1 - lr * decay));
+        w = _mm512_fnmadd_ps(_mm512_set1_ps(step), _mm512_div_ps(m, spread), w);
+        _mm512_mask_storeu_ps(master + i, mask, w);
+        _mm512_mask_storeu_ps(mean + i, mask, m);
+        _mm512_mask_storeu_ps(variance + i, mask, v);
+        if (copy) _mm256_mask_storeu_epi16(copy + i, mask, (__m256i)_mm512_cvtneps_pbh(w));
+    };
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < count / 16; i++) part(16 * i, 0xffff);
+    if (count % 16) part(count / 16 * 16, (1u << count % 16) - 1);
+}
+
 // segments [count][4] int32: begin, end, prefix, shared. lse [heads][tokens] float32.
 void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const int32_t* segments, long count,
                long tokens, long heads, long kv_heads, long d, long window, float scale, long split) {

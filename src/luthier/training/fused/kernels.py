@@ -144,6 +144,27 @@ class Kernels:
         self._call("cross_entropy", logits, targets, losses, *logits.shape, int(gradient))
         return losses
 
+    def adamw_(
+        self,
+        master: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        gradient: torch.Tensor,
+        copy: torch.Tensor | None,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        times: float,
+    ) -> None:
+        """One step of AdamW in one pass; see `kernels.cpp`. Its reference is ``torch.optim.AdamW``."""
+        corrections = (1 - betas[0] ** step, 1 - betas[1] ** step)
+        half = int(gradient.dtype == torch.bfloat16)
+        tensors = (master, mean, variance, gradient, half, copy, master.numel())
+        self._call("adamw", *tensors, lr, *betas, eps, weight_decay, times, *corrections)
+
     def attention(
         self,
         q: torch.Tensor,
