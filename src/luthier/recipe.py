@@ -185,6 +185,9 @@ class TrainingSection(Section):
     """Gradients are scaled down to this norm; 0: never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes hold the model: each the whole of it, or each a piece of every weight, gradient and moment
+    (FSDP2); one process always has the whole."""
     logging_steps: int = Field(1, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_steps: int | None = Field(None, ge=1)

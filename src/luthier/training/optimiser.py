@@ -8,6 +8,7 @@ gains was measured: docs/training.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -21,6 +22,7 @@ class MasterAdamW:
     Args:
         parameters: trained parameters by name.
         weight_decay: applies to matrices; norms, biases and other vectors never decay.
+        add_squares: adds up the squared norm over processes that hold other parameters; None: these are all.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class MasterAdamW:
         weight_decay: float,
         betas: tuple[float, float],
         eps: float,
+        add_squares: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.parameters = parameters
+        self._add_squares = add_squares
         self.masters = {
             name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
             for name, p in parameters.items()
@@ -79,8 +83,8 @@ class MasterAdamW:
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to ``max_norm`` (0: never); returns their norm before."""
-        norms = torch._foreach_norm(self.gradients)
-        norm = float(torch.stack(norms).norm())
+        total = torch.stack(torch._foreach_norm(self.gradients)).norm()
+        norm = float(total if self._add_squares is None else self._add_squares(total.square()).sqrt())
         if 0 < max_norm < norm and math.isfinite(norm):
             torch._foreach_mul_(self.gradients, max_norm / (norm + 1e-6))
         return norm
