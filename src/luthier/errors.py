@@ -1,4 +1,4 @@
-"""The one error that a user sees.
+"""The one error that a user sees, and the quiet one of a process that stops because another did.
 
 Everything a user can get wrong raises :class:`UserError`. The command line prints it without a traceback and
 exits with code 2; in Python it is an ordinary exception.
@@ -26,6 +26,19 @@ class UserError(ValueError):
         if remedy:
             lines.append(f"  to do: {remedy}")
         super().__init__("\n".join(lines))
+
+
+class FailedElsewhere(Exception):
+    """This process ends because another one of the same run has failed.
+
+    Args:
+        what: what is known of it.
+        told: whether the other process says itself what went wrong, so that this one need not.
+    """
+
+    def __init__(self, what: str, *, told: bool = False) -> None:
+        super().__init__(what)
+        self.told = told
 
 
 def shorten(value: object, limit: int = 80) -> str:

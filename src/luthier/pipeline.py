@@ -7,73 +7,39 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
-from luthier.data.dataset import Dataset, prepare
+from luthier.data.dataset import Dataset
 from luthier.data.examples import TrainingExample
 from luthier.data.render import prompt_messages, prompt_text
 from luthier.deployment.merge import merge_model
 from luthier.deployment.parity import ParityReport, check_parity, require
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare, render_comparison
-from luthier.methods import get_method
-from luthier.methods.base import TuningMethod
-from luthier.methods.saved import fingerprint, load_saved, write_fingerprint
-from luthier.models.catalogue import CATALOGUE
-from luthier.models.loading import add_tokens, load_model, load_tokenizer, set_stop_tokens, training_dtype, without_bars
+from luthier.methods.saved import load_saved, write_fingerprint
+from luthier.models.loading import load_model, without_bars
+from luthier.preparation import Prepared, prepare_run
 from luthier.recipe import Recipe
+from luthier.record import Record
 from luthier.runfolder import RunFolder
 from luthier.training.checkpoint import writing
-from luthier.training.loop import Interrupted, Outcome, Trainer
-from luthier.training.loss import LossFunction
-from luthier.training.preflight import Preflight, preflight, render_preflight
+from luthier.training.loop import Interrupted, Outcome, Trainer, rows_sha256
+from luthier.training.preflight import Preflight, render_preflight
+from luthier.training.processes import Processes
 from luthier.training.progress import Reporter, Silent
-from luthier.training.runlog import environment, write_json, write_rejects
+from luthier.training.runlog import write_json
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _PARITY_PROMPTS = 8
-
-
-@dataclass(slots=True)
-class Prepared:
-    """Everything that stands ready before step one."""
-
-    recipe: Recipe
-    method: TuningMethod
-    tokenizer: PreTrainedTokenizerBase
-    base: PreTrainedModel
-    model: torch.nn.Module
-    loss_function: LossFunction
-    dataset: Dataset
-    stop_tokens_added: list[int]
-    accelerator: Accelerator
-
-    def check(self) -> Preflight:
-        """The pre-flight."""
-        return preflight(
-            self.recipe,
-            self.method,
-            self.dataset,
-            self.model,
-            self.loss_function,
-            stop_tokens_added=self.stop_tokens_added,
-            run_dir=Path(self.recipe.output_dir),
-            processes=self.accelerator.num_processes,
-        )
 
 
 @dataclass(slots=True)
@@ -89,47 +55,6 @@ class RunResult:
     tokenizer: PreTrainedTokenizerBase
     parity_prompts: list[str]
     """Rendered held-out prompts that later hand-overs are checked with."""
-
-
-def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] | None = None) -> Prepared:
-    """Load model and rows, wrap the model by its method, and choose how its loss is computed.
-
-    Raises:
-        UserError: anything that is wrong with model, data or method.
-    """
-    from accelerate import Accelerator
-
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UserError(
-            f"started as one of {processes} processes, each of which would train the whole run alone",
-            where="WORLD_SIZE",
-            remedy="start `luthier` directly: a run of several processes is not built yet",
-        )
-    trackers = recipe.training.report_to
-    folder = Path(recipe.output_dir)
-    try:
-        accelerator = Accelerator(log_with=trackers or None, project_dir=str(folder / "tracking"))
-    except ValueError as error:
-        raise UserError(
-            f"training.report_to={trackers}: {str(error).splitlines()[0]}",
-            where="training.report_to",
-            remedy="name trackers whose package is installed, or [] for none",
-        ) from None
-    method = get_method(recipe.method.name)
-    spec = recipe.model
-    tokenizer = load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template)
-    base = load_model(spec.name, revision=spec.revision, dtype=training_dtype(spec.dtype, accelerator.device))
-    new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
-    added = set_stop_tokens(base, tokenizer)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    dataset = prepare(recipe, tokenizer, context=context, given=given)
-    torch.manual_seed(recipe.seed)
-    model = method.wrap(base, recipe.method, new_tokens).to(accelerator.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    share = recipe.training.share_prefix != "never"
-    loss_function = LossFunction(model, batching=spec.batching, pad_token_id=pad, share_prefix=share)
-    return Prepared(recipe, method, tokenizer, base, model, loss_function, dataset, added, accelerator)
 
 
 def run(
@@ -155,47 +80,72 @@ def run(
         UserError: a mistake of the user's; what was trained so far is kept in output_dir.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
+    processes = Processes.join()
+    with processes.telling(Interrupted):
+        result = _run(recipe, processes, given, resume, overwrite, console or Console(quiet=True), reporter or Silent())
+        processes.wait()
+    return result
+
+
+def _run(
+    recipe: Recipe,
+    processes: Processes,
+    given: Mapping[str, Sequence[TrainingExample]] | None,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+    reporter: Reporter,
+) -> RunResult:
+    """What :func:`run` does; the run folder is the main process's."""
     folder = RunFolder(Path(recipe.output_dir).expanduser())
-    folder.claim(resume=resume, overwrite=overwrite)
-    console = console or Console(quiet=True)
-    reporter = reporter or Silent()
+    if processes.main:
+        folder.claim(resume=resume, overwrite=overwrite)
+    processes.wait()
     ready = prepare_run(recipe, given)
+    processes.agree("rows", rows_sha256(ready.dataset.train.encoded))
+    processes.agree("base weights", ready.base_fingerprint)
     report = ready.check()
-    console.print(render_preflight(report))
-    if overwrite and not resume:
-        # The earlier run stays where the new one is refused.
-        report.require()
-        folder.clear()
-    manifest = _manifest(ready)
-    _write_start(folder, ready, manifest)
-    write_json(folder.path / "preflight.json", report.to_dict())
-    try:
+    record = Record(folder, ready) if processes.main else None
+    if record is not None:
+        console.print(render_preflight(report))
+        if overwrite and not resume:
+            # The earlier run stays where the new one is refused.
+            report.require()
+            folder.clear()
+        record.start(report)
+    comparison = None
+    kept = record.kept() if record is not None else contextlib.nullcontext()
+    with kept, processes.telling(Interrupted), _memory_explained(folder):
+        if processes.main:
+            report.require()
+        processes.wait()
         report.require()
         outcome = _train(ready, folder, resume, reporter)
-        manifest["training"] = {**_outcome(outcome), "peak_memory_bytes": _peak_memory(ready.accelerator.device)}
-        parity = [_save(ready, folder)]
-        comparison = _evaluate(ready, folder, console, manifest) if recipe.evaluation.enabled else None
-        if recipe.deployment.merge:
-            parity.append(merge_run(ready, folder))
-    except Interrupted:
-        _finish(folder, manifest, "interrupted")
-        raise
-    except UserError as error:
-        _finish(folder, manifest, "failed", error=str(error))
-        raise
+        ready = ready.put_together()
+        if record is not None:
+            record.trained(outcome)
+            parity = [_save(ready, folder)]
+            comparison = _evaluate(ready, folder, console, record.manifest) if recipe.evaluation.enabled else None
+            if recipe.deployment.merge:
+                parity.append(merge_run(ready, folder))
+            record.manifest["parity"] = [p.to_dict() for p in parity]
+            write_report(folder, report, comparison)
+            record.finish("finished")
+    prompts = parity_prompts(ready.dataset, ready.tokenizer)
+    return RunResult(folder.path, folder.saved, outcome, comparison, ready.model, ready.tokenizer, prompts)
+
+
+@contextlib.contextmanager
+def _memory_explained(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        _finish(folder, manifest, "failed", error=str(error))
         raise UserError(
             f"memory ran out: {str(error).splitlines()[0] if str(error) else 'no more could be had'}",
             where=str(folder.path),
             remedy="lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much, or "
             "set training.gradient_checkpointing=true; --resume goes on from the last checkpoint",
         ) from None
-    manifest["parity"] = [p.to_dict() for p in parity]
-    write_report(folder, report, comparison)
-    _finish(folder, manifest, "finished")
-    prompts = parity_prompts(ready.dataset, ready.tokenizer)
-    return RunResult(folder.path, folder.saved, outcome, comparison, ready.model, ready.tokenizer, prompts)
 
 
 def _train(ready: Prepared, folder: RunFolder, resume: bool, reporter: Reporter) -> Outcome:
@@ -211,12 +161,14 @@ def _train(ready: Prepared, folder: RunFolder, resume: bool, reporter: Reporter)
         folder.path,
         ready.accelerator,
         reporter,
+        ready.shards,
     )
     try:
         outcome = trainer.run(resume=resume)
     finally:
-        if ready.recipe.training.report_to:
-            ready.accelerator.end_training()
+        # Not `end_training`, which would part the processes as well.
+        for tracker in ready.accelerator.trackers:
+            tracker.finish()
     ready.model.eval()
     ready.model.set_attn_implementation("sdpa")  # type: ignore[operator]
     return outcome
@@ -256,7 +208,7 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
             ready.model.save_pretrained(aside)  # type: ignore[operator]
             ready.tokenizer.save_pretrained(aside)
             if ready.method.adapter:
-                write_fingerprint(aside, ready.base, _base_name(ready))
+                write_fingerprint(aside, ready.base, ready.base_name)
         reloaded = load_saved(aside, dtype=next(ready.model.parameters()).dtype)
         parity = check_parity(
             ready.model,
@@ -360,66 +312,6 @@ def write_report(folder: RunFolder, report: Preflight, comparison: Comparison | 
         console.print(render_comparison(comparison))
     with writing(folder.path / "report.html"):
         (folder.path / "report.html").write_text(console.export_html(), encoding="utf-8")
-
-
-def _manifest(ready: Prepared) -> dict[str, Any]:
-    recipe = ready.recipe
-    template = ready.tokenizer.chat_template
-    return {
-        "luthier_run": 1,
-        "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "method": recipe.method.name,
-        "seed": recipe.seed,
-        "model": {"name": _base_name(ready), "fingerprint": fingerprint(ready.base)},
-        "chat_template_sha256": sha256(str(template).encode()).hexdigest(),
-        "data": [{"file": file, "sha256": _file_sha256(Path(file))} for file in ready.dataset.files],
-        "rows": {part.name: part.summary() for part in ready.dataset.parts},
-        "environment": environment(),
-    }
-
-
-def _base_name(ready: Prepared) -> str:
-    """The base by a name that holds from any working folder."""
-    name = ready.recipe.model.name
-    return name if name in CATALOGUE else str(ready.base.name_or_path)
-
-
-def _write_start(folder: RunFolder, ready: Prepared, manifest: dict[str, Any]) -> None:
-    write_json(folder.path / "manifest.json", manifest)
-    with writing(folder.path):
-        (folder.path / "recipe.yaml").write_text(ready.recipe.with_paths_from(Path.cwd()).to_yaml(), encoding="utf-8")
-    write_rejects(folder.path / "rejects.jsonl", ready.dataset.rejects)
-
-
-def _finish(folder: RunFolder, manifest: dict[str, Any], status: str, **more: Any) -> None:
-    manifest |= {"status": status, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
-    write_json(folder.path / "manifest.json", manifest)
-
-
-def _outcome(outcome: Outcome) -> dict[str, Any]:
-    state = {k: v for k, v in asdict(outcome.state).items() if k != "course"}
-    return {
-        **state,
-        "stopped": outcome.stopped,
-        "first_eval_loss": outcome.first_eval_loss,
-        "last_loss": outcome.last_loss,
-        "plan": asdict(outcome.plan),
-    }
-
-
-def _file_sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _remove(folder: Path) -> None:

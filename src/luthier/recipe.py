@@ -188,6 +188,9 @@ class TrainingSection(Section):
     share_prefix: Literal["auto", "never"] = "auto"
     """Rows of a batch that begin with the same tokens (system text, tools, few-shot examples) compute them once, with
     the same gradients; auto: where at least 16 tokens are shared. Rows then share one dropout mask there."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes hold the model: each the whole of it, or each a piece of every weight, gradient and moment
+    (FSDP2); one process always has the whole."""
     logging_steps: int = Field(1, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_steps: int | None = Field(None, ge=1)

@@ -185,12 +185,16 @@ def test_mistakes_get_one_message_and_exit_code_two(
     assert not list(tmp_path.glob("runs/*/adapter"))
 
 
-def test_one_of_several_processes_is_refused(luthier, rows_file, tiny_model_dir, tmp_path, monkeypatch):
+def test_one_of_several_processes_without_the_others_is_refused(
+    luthier, rows_file, tiny_model_dir, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     luthier("init", rows_file, "--model", tiny_model_dir)
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = luthier("train", "recipe.yaml")
-    assert code == 2 and "WORLD_SIZE" in err and "start `luthier` directly" in err
+    assert code == 2 and "MASTER_ADDR" in err and "--nproc" in err
+    code, _, err = luthier("train", "recipe.yaml", "--nproc", 2)
+    assert code == 2 and "inside another launcher" in err
 
 
 def test_a_wrong_option_is_exit_code_two(luthier):

@@ -14,8 +14,10 @@ from luthier.data.examples import TrainingExample
 from luthier.methods import get_method
 from luthier.models.loading import load_model, load_tokenizer
 from luthier.recipe import Recipe
+from luthier.training.division import Replicas, Shards
 from luthier.training.loop import Trainer
 from luthier.training.loss import LossFunction
+from luthier.training.processes import Processes, make_accelerator
 
 WORDS = (
     "amber",
@@ -65,22 +67,25 @@ class Bench:
         batching: str = "auto",
         reporter: Any = None,
     ) -> Trainer:
-        from accelerate import Accelerator
-
         dataset = self.dataset(recipe, rows)
         model = load_model(self.model_dir, dtype=dtype)
         torch.manual_seed(recipe.seed)
         wrapped = get_method(recipe.method.name).wrap(model, recipe.method, [])
+        accelerator, processes = make_accelerator([], folder), Processes.join()
+        sharded = recipe.training.sharding == "full" and processes.count > 1
+        shards = Shards(wrapped, processes, accelerator.device) if sharded else None
+        division = shards or Replicas(wrapped, processes)
         return Trainer(
             wrapped,
-            LossFunction(wrapped, batching=batching),
+            division.call(LossFunction, wrapped, batching=batching),
             get_method(recipe.method.name),
             recipe,
             dataset.train.encoded,
             dataset.validation.encoded,
             folder,
-            Accelerator(cpu=not torch.cuda.is_available()),
+            accelerator,
             reporter,
+            shards,
         )
 
 

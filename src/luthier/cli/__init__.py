@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from luthier.errors import UserError
+from luthier.errors import FailedElsewhere, UserError
 
 app = typer.Typer(
     name="luthier",
@@ -33,6 +33,12 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except FailedElsewhere as error:
+        from luthier.cli.launch import FAILED_ELSEWHERE, LAUNCHER
+
+        if not error.told and LAUNCHER not in os.environ:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(FAILED_ELSEWHERE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(130)

@@ -73,10 +73,11 @@ def check(
     rows: Annotated[int, typer.Option(min=0, help="Rows to show with their trained tokens coloured.")] = 3,
 ) -> None:
     """Run the pre-flight: what would train, what would not, and what to do. Exits with 1 on errors."""
-    from luthier.pipeline import prepare_run
+    from luthier.preparation import prepare_run
     from luthier.training.preflight import render_preflight, render_rows
+    from luthier.training.processes import Processes
 
-    console = _console()
+    console = _console(quiet=not Processes.join().main)
     settings = _recipe(recipe, overrides)
     settings.training.report_to = []
     ready = prepare_run(settings)
@@ -95,14 +96,26 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine that train together: one a GPU.")] = 1,
 ) -> None:
     """Tune the model, prove what changed, save it. Ctrl-C saves a checkpoint; --resume goes on from it."""
+    if nproc > 1:
+        from luthier.cli.launch import launch
+
+        # A mistake in the recipe is told once, before anything starts.
+        _recipe(recipe, overrides)
+        flags = [flag for flag, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
+        raise typer.Exit(launch(["train", *flags, "--", str(recipe), *(overrides or ())], nproc))
+
     from luthier.pipeline import run
     from luthier.training.loop import Interrupted
+    from luthier.training.processes import Processes
     from luthier.training.progress import TerminalReporter
 
-    console = _console()
-    settings = _recipe(recipe, overrides)
+    processes = Processes.join()
+    console = _console(quiet=not processes.main)
+    with processes.telling():
+        settings = _recipe(recipe, overrides)
     console.print(
         f"[bold]luthier[/bold] {__version__}: {settings.model.name}, {settings.method.name}, "
         f"into {settings.output_dir}",
@@ -111,8 +124,10 @@ def train(
     try:
         result = run(settings, resume=resume, overwrite=overwrite, console=console, reporter=TerminalReporter(console))
     except Interrupted as stop:
+        Processes.leave()
         console.print(f"{stop}\ngo on: luthier train {recipe} --resume", highlight=False)
         raise typer.Exit(128 + stop.number) from None
+    Processes.leave()
     state = result.outcome.state
     console.print(
         f"\ntrained {state.tokens:,} tokens in {state.step:,} steps, {state.seconds:,.0f} s "
@@ -207,8 +222,8 @@ def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
     return Recipe.load(path, overrides or ())
 
 
-def _console() -> Console:
+def _console(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     # A pipe or a log has no width of its own; 80 columns would break every table.
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)

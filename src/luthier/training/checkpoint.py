@@ -82,15 +82,8 @@ class Checkpoints:
             try:
                 hashes: dict[str, str] = {}
                 for name, tensors in zip(_FILES, (weights, moments), strict=True):
-                    hashes[name] = _write(aside / name, _safetensors(tensors))
-                hashes["state"] = sha256_of(asdict(state))
-                record = {"format": FORMAT, "state": asdict(state), "sha256": hashes}
-                _write(aside / "state.json", [json.dumps(record, indent=1).encode()])
-                _sync_folder(aside)
-                if target.exists():
-                    shutil.rmtree(target)
-                aside.rename(target)
-                _sync_folder(self.folder)
+                    hashes[name] = write_flushed(aside / name, safetensors_bytes(tensors))
+                self._seal(aside, target, state, hashes)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
@@ -108,8 +101,6 @@ class Checkpoints:
         Raises:
             ValueError: it is truncated, altered or of another version; the message says which file.
         """
-        from safetensors.torch import load
-
         path = self.folder / f"step-{step}"
         try:
             record = json.loads((path / "state.json").read_bytes())
@@ -117,18 +108,13 @@ class Checkpoints:
                 raise ValueError(f"{path}: written by another version (format {record['format']})")
             if sha256_of(record["state"]) != record["sha256"]["state"]:
                 raise ValueError(f"{path / 'state.json'}: altered (its SHA-256 is not the recorded one)")
-            tensors: list[dict[str, torch.Tensor]] = []
-            for name in _FILES:
-                content = (path / name).read_bytes()
-                if hashlib.sha256(content).hexdigest() != record["sha256"][name]:
-                    raise ValueError(f"{path / name}: truncated or altered (its SHA-256 is not the recorded one)")
-                tensors.append(load(content))
+            weights, moments = self._tensors(path, record)
             state = TrainState(**record["state"])
         except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: incomplete ({error})") from error
         if state.step != step:
             raise ValueError(f"{path}: holds step {state.step}")
-        return Checkpoint(path, state, *tensors)
+        return Checkpoint(path, state, weights, moments)
 
     def newest(self, refused: list[str]) -> Checkpoint | None:
         """The newest checkpoint that is whole; what was wrong with newer ones is added to ``refused``."""
@@ -138,6 +124,39 @@ class Checkpoints:
             except ValueError as error:
                 refused.append(str(error))
         return None
+
+    def _seal(
+        self, aside: Path, target: Path, state: TrainState, hashes: dict[str, str], shards: dict[str, Any] | None = None
+    ) -> None:
+        """Record what was written aside, and give it its name."""
+        hashes = {**hashes, "state": sha256_of(asdict(state))}
+        record = {"format": FORMAT, "state": asdict(state), "sha256": hashes, **({"shards": shards} if shards else {})}
+        write_flushed(aside / "state.json", [json.dumps(record, indent=1).encode()])
+        sync_folder(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        sync_folder(self.folder)
+
+    def _tensors(self, path: Path, record: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Weights and moments, each tensor whole, whether or not they were saved in pieces.
+
+        Raises:
+            ValueError: a file is truncated or altered, or the pieces do not make a whole.
+        """
+        if "shards" not in record:
+            weights, moments = (read_hashed(path / name, record["sha256"][name]) for name in _FILES)
+            return weights, moments
+        shapes, count = record["shards"]["shapes"], record["shards"]["count"]
+        names = [shard_files(i, count) for i in range(count)]
+        weights, moments = (
+            _joined([read_hashed(path / pair[kind], record["sha256"][pair[kind]]) for pair in names]) for kind in (0, 1)
+        )
+        for name, tensor in (*weights.items(), *moments.items()):
+            shape = shapes.get(name) or shapes[name.rpartition("/")[0]]
+            if tensor.ndim and list(tensor.shape) != shape:
+                raise ValueError(f"{path}: the pieces of {name} make {list(tensor.shape)}, not {shape}")
+        return weights, moments
 
     def _prune(self, state: TrainState) -> None:
         for step in self.steps()[self.keep :]:
@@ -170,7 +189,35 @@ def writing(target: Path) -> Iterator[None]:
         ) from None
 
 
-def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+def shard_files(index: int, count: int) -> tuple[str, str]:
+    """Names of the two files of one process of a checkpoint in pieces."""
+    weights, moments = (name.removesuffix(".safetensors") for name in _FILES)
+    return f"{weights}-{index:05d}-of-{count:05d}.safetensors", f"{moments}-{index:05d}-of-{count:05d}.safetensors"
+
+
+def _joined(pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pieces in the order of their processes, end to end along the first dimension; numbers are the same in all."""
+    return {
+        name: torch.cat([piece[name] for piece in pieces]) if tensor.ndim else tensor
+        for name, tensor in pieces[0].items()
+    }
+
+
+def read_hashed(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: it is truncated or altered.
+    """
+    from safetensors.torch import load
+
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path}: truncated or altered (its SHA-256 is not the recorded one)")
+    return load(content)
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
     """Tensors in the safetensors format, piece by piece.
 
     The library's `save` holds a second copy of everything, and its `save_file` hides a full disk behind an error of
@@ -194,7 +241,7 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryvie
         yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+def write_flushed(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     """Write and flush to disk; returns the SHA-256 of what was written."""
     digest = hashlib.sha256()
     with path.open("wb") as stream:
@@ -206,7 +253,7 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in a folder survive a power cut; some file systems cannot, which is no error."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

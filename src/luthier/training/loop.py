@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,19 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from luthier.data.batch import Order
+from luthier.data.batch import Batch, Order
 from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
-from luthier.methods.base import TuningMethod, trainable_parameters
+from luthier.methods.base import TuningMethod
 from luthier.recipe import Recipe
 from luthier.training.allocator import keep_freed_memory
-from luthier.training.checkpoint import Checkpoints, TrainState
+from luthier.training.checkpoint import Checkpoint, Checkpoints, TrainState
+from luthier.training.division import Replicas, Shards
 from luthier.training.loss import LossFunction
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
 from luthier.training.plan import Plan
+from luthier.training.processes import Processes
 from luthier.training.progress import Reporter, Silent
 from luthier.training.runlog import MetricsLog
 from luthier.training.saver import Saver
+from luthier.training.sharded_checkpoint import ShardedCheckpoints
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,7 +44,14 @@ _FREE = {
     "report_to",
     "per_device_eval_batch_size",
     "load_best_model_at_end",
+    # How a step is divided; the rows of a step must stay the same ones (see `_course`).
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "sharding",
 }
+
+
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -78,6 +88,7 @@ class Trainer:
         run_dir: the run folder.
         accelerator: devices, processes and trackers.
         reporter: is told of the course.
+        shards: the model in pieces; None: this process holds the whole of it.
     """
 
     def __init__(
@@ -91,12 +102,15 @@ class Trainer:
         run_dir: Path,
         accelerator: Accelerator,
         reporter: Reporter | None = None,
+        shards: Shards | None = None,
     ) -> None:
         settings = recipe.training
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         self.accelerator = accelerator
-        self.model = model.to(accelerator.device)
+        self.processes = Processes.join()
+        self.model = model if shards is not None else model.to(accelerator.device)
+        self.division: Replicas | Shards = shards or Replicas(self.model, self.processes)
         self.loss_function = loss_function
         self.recipe = recipe
         self.settings = settings
@@ -114,15 +128,22 @@ class Trainer:
             shuffle=recipe.data.shuffle,
         )
         self.optimiser = MasterAdamW(
-            trainable_parameters(model),
+            self.division.parameters,
             lr=self.plan.learning_rate,
             weight_decay=self.plan.weight_decay,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
+            add_squares=None if shards is None else shards.add_squares,
         )
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.save_total_limit)
+        folder, keep = run_dir / "checkpoints", settings.save_total_limit
+        self.checkpoints = (
+            Checkpoints(folder, keep=keep)
+            if shards is None
+            else ShardedCheckpoints(folder, shards.shapes, self.processes, keep=keep)
+        )
         self.saver = Saver(self.checkpoints)
         self.state = TrainState(course=self._course())
+        self._received: int | None = None
         self._signal: int | None = None
         self._log: MetricsLog | None = None
         if settings.gradient_checkpointing:
@@ -148,6 +169,7 @@ class Trainer:
                 first_eval = self._validate()
             while self.state.step < self.plan.steps:
                 loss = self._step()
+                self._signal = self._agreed_signal()
                 step = self.state.step
                 last = step == self.plan.steps
                 if self.validation_rows and (step % self.plan.eval_steps == 0 or last):
@@ -163,6 +185,8 @@ class Trainer:
                 if stopped != "finished":
                     break
             self.saver.wait()
+            # The best checkpoint must be whole before any process reads it.
+            self.processes.wait()
             self._take_best()
         finally:
             self.reporter.stop()
@@ -188,14 +212,14 @@ class Trainer:
             [sum(getattr(b, key) for b in batches) for key in ("trained_tokens", "tokens", "computed")]
         )
         total = torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
-            loss = self.loss_function(batch.to(self.accelerator.device)) / trained
-            self.accelerator.backward(loss)
+        for batch, share in self._in_lockstep(batches, len(self.order.step(step, 0))):
+            loss = self._loss(batch) * share / trained
+            loss.backward()
             total += loss.detach()
         loss_value = self._sum([float(total)])[0]
         if not math.isfinite(loss_value):
             self._stop_for("loss", loss_value)
-        self._reduce_gradients()
+        self.division.add_gradients(lambda: self.optimiser.gradients)
         norm = self.optimiser.clip(self.settings.max_grad_norm)
         if not math.isfinite(norm):
             self._stop_for("gradient norm", norm)
@@ -234,10 +258,11 @@ class Trainer:
         mine = self.validation_rows[self.accelerator.process_index :: self.accelerator.num_processes]
         total, count = 0.0, 0.0
         size = self.settings.per_device_eval_batch_size
-        for begin in range(0, len(mine), size):
-            batch = self.loss_function.batch(list(mine[begin : begin + size])).to(self.accelerator.device)
-            total += float(self.loss_function(batch))
-            count += batch.trained_tokens
+        batches = (self.loss_function.batch(list(mine[i : i + size])) for i in range(0, len(mine), size))
+        most = math.ceil(math.ceil(len(self.validation_rows) / self.processes.count) / size)
+        for batch, share in self._in_lockstep(batches, most):
+            total += share * float(self._loss(batch))
+            count += share * batch.trained_tokens
         total, count = self._sum([total, count])
         return total / count, int(count)
 
@@ -266,14 +291,17 @@ class Trainer:
         return loss
 
     def _save(self) -> None:
-        """Begin a checkpoint of this step, once."""
-        if self.accelerator.is_main_process:
+        """Begin a checkpoint of this step, once; pieces of a sharded one are written by all processes together."""
+        if isinstance(self.checkpoints, ShardedCheckpoints):
+            if self.saver.step != self.state.step:
+                self.checkpoints.save(self.state, self.optimiser.weights(), self.optimiser.moments())
+                self.saver.step = self.state.step
+        elif self.accelerator.is_main_process:
             self.saver.save(self.state, self.optimiser.weights(), self.optimiser.moments())
-        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         refused: list[str] = []
-        checkpoint = self.checkpoints.newest(refused)
+        checkpoint = self._newest(refused)
         for reason in refused:
             self.reporter.say(f"[yellow]checkpoint refused:[/yellow] {reason}")
         if checkpoint is None:
@@ -294,6 +322,22 @@ class Trainer:
         self.state = checkpoint.state
         self.saver.step = self.state.step
         self.reporter.say(f"going on from step {self.state.step} ({checkpoint.path})")
+
+    def _newest(self, refused: list[str]) -> Checkpoint | None:
+        """The newest checkpoint that is whole for every process.
+
+        Raises:
+            UserError: the processes do not see the same ones.
+        """
+        checkpoint = self.checkpoints.newest(refused)
+        steps = self.processes.gather(checkpoint.state.step if checkpoint else None)
+        if any(step != steps[0] for step in steps):
+            raise UserError(
+                f"the processes find different checkpoints: of steps {', '.join(str(s) for s in steps)}",
+                where=str(self.checkpoints.folder),
+                remedy="put output_dir on a file system that all machines share",
+            )
+        return checkpoint
 
     def _take_best(self) -> None:
         """Leave the model with the weights of the best validation."""
@@ -335,7 +379,7 @@ class Trainer:
             "seed": self.recipe.seed,
             "data.shuffle": self.recipe.data.shuffle,
             "training rows (SHA-256)": rows_sha256(self.train_rows),
-            "processes": self.accelerator.num_processes,
+            "rows a step": self.order.per_step,
         }
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -353,17 +397,26 @@ class Trainer:
         )
         return [float(v) for v in reduced]
 
-    def _reduce_gradients(self) -> None:
-        """Add the float32 gradients over all processes, once a step.
+    def _agreed_signal(self) -> int | None:
+        """The signal that any process has received: all stop after the same step."""
+        counts = self._sum([float(self._received == number) for number in _STOPS])
+        return next((number for number, count in zip(_STOPS, counts, strict=True) if count), None)
 
-        Each process has divided by the whole step's count of tokens, so the sum is the gradient of the whole step.
-        """
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = self.optimiser.gradients
-        flat: Any = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), "sum")
-        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(piece.view_as(gradient))
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Summed loss of a batch."""
+        loss: torch.Tensor = self.division.call(self.loss_function, batch.to(self.accelerator.device))
+        return loss
+
+    def _in_lockstep(self, batches: Iterable[Batch], most: int) -> Iterator[tuple[Batch, float]]:
+        """This process's batches, each with the share 1; then, where all must run the model together and others have
+        more of them (``most``), stand-ins whose share is 0."""
+        own = 0
+        for batch in batches:
+            own += 1
+            yield batch, 1.0
+        if self.division.lockstep:
+            for _ in range(own, most):
+                yield self.loss_function.batch([min(self.train_rows, key=len)]), 0.0
 
     def _seed(self, step: int) -> None:
         """Random numbers of a step (dropout) follow from seed, step and process: resuming needs no saved state."""
@@ -376,12 +429,12 @@ class Trainer:
             return lambda: None
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
+            if self._received is not None:
                 raise KeyboardInterrupt
-            self._signal = number
+            self._received = number
             self.reporter.say("stopping after this step, with a checkpoint; once more to stop at once")
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, handle) for s in _STOPS}
 
         def restore() -> None:
             for number, handler in before.items():

@@ -8,6 +8,7 @@ gains was measured: docs/training.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -25,6 +26,7 @@ class MasterAdamW:
         parameters: trained parameters by name.
         weight_decay: applies to matrices; norms, biases and other vectors never decay.
         one_pass: False: PyTorch's AdamW in any case.
+        add_squares: adds up the squared norm over processes that hold other parameters; None: these are all.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class MasterAdamW:
         betas: tuple[float, float],
         eps: float,
         one_pass: bool = True,
+        add_squares: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.parameters = parameters
+        self._add_squares = add_squares
         self.masters = {
             name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
             for name, p in parameters.items()
@@ -100,7 +104,8 @@ class MasterAdamW:
         """Have the next step scale the gradients down to ``max_norm`` (0: never); returns their norm before."""
         gradients = list(self._as_they_are().values())
         norms = torch._foreach_norm(gradients, 2, torch.float32) if gradients else [torch.zeros(())]
-        norm = float(torch.stack(list(norms)).norm())
+        total = torch.stack(list(norms)).norm()
+        norm = float(total if self._add_squares is None else self._add_squares(total.square()).sqrt())
         self._times = max_norm / (norm + 1e-6) if 0 < max_norm < norm and math.isfinite(norm) else 1.0
         return norm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ def preflight(
     stop_tokens_added: list[int],
     run_dir: Path,
     processes: int = 1,
+    sharers: int = 1,
+    pieces: int = 1,
 ) -> Preflight:
     """Check rows, settings and model before step one.
 
@@ -40,6 +43,8 @@ def preflight(
         stop_tokens_added: what `set_stop_tokens` had to add.
         run_dir: where the run will write.
         processes: how many processes train together.
+        sharers: how many of them share this one's memory.
+        pieces: among how many the optimiser's state is divided.
     """
     began = time.perf_counter()
     device = next(model.parameters()).device
@@ -68,7 +73,8 @@ def preflight(
         plan = Plan.of(recipe, method, len(rows), processes)
         findings += checks.check_settings(recipe, method, plan, len(rows))
         needs = checks.predict(recipe, model, rows)
-        findings += checks.check_room(needs, run_dir, device)
+        needs = replace(needs, optimiser=needs.optimiser // pieces)
+        findings += checks.check_room(needs, run_dir, device, sharers)
         losses = checks.first_loss(model, loss_function, dataset)
         half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
         vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]

@@ -81,9 +81,9 @@ def predict(recipe: Recipe, model: torch.nn.Module, rows: Sequence[EncodedExampl
     )
 
 
-def check_room(needs: Needs, run_dir: Path, device: torch.device) -> Iterator[Finding]:
-    """Findings where the prediction does not fit what is free."""
-    free = free_memory(device)
+def check_room(needs: Needs, run_dir: Path, device: torch.device, sharers: int = 1) -> Iterator[Finding]:
+    """Findings where the prediction for each of ``sharers`` processes does not fit what is free for all of them."""
+    free = free_memory(device) // sharers
     if needs.memory > free:
         yield Finding(
             "memory",

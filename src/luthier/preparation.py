@@ -1,0 +1,136 @@
+"""What stands ready before step one: the rows, the wrapped model, and the way its loss is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from luthier.data.dataset import Dataset, prepare
+from luthier.data.examples import TrainingExample
+from luthier.methods import get_method
+from luthier.methods.base import TuningMethod, trainable_parameters
+from luthier.methods.saved import fingerprint
+from luthier.models.catalogue import CATALOGUE
+from luthier.models.loading import add_tokens, load_model, load_tokenizer, set_stop_tokens, training_dtype
+from luthier.recipe import Recipe
+from luthier.training.division import Replicas, Shards
+from luthier.training.loss import LossFunction
+from luthier.training.preflight import Preflight, preflight
+from luthier.training.processes import Processes, make_accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Everything that stands ready before step one."""
+
+    recipe: Recipe
+    method: TuningMethod
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel
+    base_fingerprint: str
+    model: torch.nn.Module
+    loss_function: LossFunction
+    dataset: Dataset
+    stop_tokens_added: list[int]
+    accelerator: Accelerator
+    processes: Processes
+    shards: Shards | None
+    """the model's pieces; None where this process holds the whole of it"""
+
+    @property
+    def base_name(self) -> str:
+        """The base by a name that holds from any working folder."""
+        name = self.recipe.model.name
+        return name if name in CATALOGUE else str(self.base.name_or_path)
+
+    def check(self) -> Preflight:
+        """The pre-flight."""
+        # Processes on CPUs share one memory; each GPU has its own.
+        sharers = self.processes.local_count if self.accelerator.device.type == "cpu" else 1
+        return (self.shards or Replicas(self.model, self.processes)).call(
+            preflight,
+            self.recipe,
+            self.method,
+            self.dataset,
+            self.model,
+            self.loss_function,
+            stop_tokens_added=self.stop_tokens_added,
+            run_dir=Path(self.recipe.output_dir),
+            processes=self.processes.count,
+            sharers=sharers,
+            pieces=1 if self.shards is None else self.processes.count,
+        )
+
+    def put_together(self) -> Prepared:
+        """The same with the whole model, on the main process; all processes must call.
+
+        The base is loaded and wrapped once more, and takes the trained weights of all.
+        """
+        if self.shards is None:
+            return self
+        trained = self.shards.whole(keep=self.processes.main)
+        if not self.processes.main:
+            return self
+        spec = self.recipe.model
+        self.shards = None
+        base = load_model(spec.name, revision=spec.revision, dtype=training_dtype(spec.dtype, self.accelerator.device))
+        new_tokens = add_tokens(base, load_tokenizer(spec.name, revision=spec.revision), spec.added_tokens)
+        set_stop_tokens(base, self.tokenizer)
+        model = self.method.wrap(base, self.recipe.method, new_tokens)
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(model).items():
+                parameter.copy_(trained[name])
+        return replace(self, base=base, model=model.to(self.accelerator.device))
+
+
+def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] | None = None) -> Prepared:
+    """Load model and rows, wrap the model by its method, and choose how its loss is computed.
+
+    Raises:
+        UserError: anything that is wrong with model, data or method.
+    """
+    processes = Processes.join()
+    accelerator = make_accelerator(recipe.training.report_to, Path(recipe.output_dir))
+    method = get_method(recipe.method.name)
+    spec = recipe.model
+    tokenizer = load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template)
+    base = load_model(spec.name, revision=spec.revision, dtype=training_dtype(spec.dtype, accelerator.device))
+    new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
+    added = set_stop_tokens(base, tokenizer)
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    dataset = prepare(recipe, tokenizer, context=context, given=given)
+    base_print = fingerprint(base)
+    torch.manual_seed(recipe.seed)
+    model = method.wrap(base, recipe.method, new_tokens)
+    shards = None
+    if recipe.training.sharding == "full" and processes.count > 1:
+        # Before anything runs on the device, which may not hold the whole model.
+        shards = Shards(model, processes, accelerator.device)
+    else:
+        model.to(accelerator.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    division = shards or Replicas(model, processes)
+    share = recipe.training.share_prefix != "never"
+    loss_function = division.call(LossFunction, model, batching=spec.batching, pad_token_id=pad, share_prefix=share)
+    return Prepared(
+        recipe,
+        method,
+        tokenizer,
+        base,
+        base_print,
+        model,
+        loss_function,
+        dataset,
+        added,
+        accelerator,
+        processes,
+        shards,
+    )
