@@ -4,8 +4,7 @@
 
 GSM8K's rows, each behind the system message of `shared_prefix.txt` (about 1,000 tokens). Both sides are Luthier's
 public tuner in fresh child processes, on the same rows in the same order, by the same settings; they differ in
-`training.share_prefix` alone (`always` and `never`; `--sides` may name `auto` too). Over the rounds the sides take
-turns at going first.
+`training.share_prefix` alone (`auto` and `never`). Over the rounds the sides take turns at going first.
 
 What is printed: tokens a second (of the rows, the prefix counted in each of them on both sides, so that the ratio is
 that of the time for the same work), milliseconds a step, peak resident memory at the end of the last step, the ratios
@@ -62,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-column", default="question")
     add("--response-column", default="answer")
     add("--prefix", type=Path, default=PREFIX, help="text file with the system message of every row")
-    add("--sides", nargs="+", choices=("always", BASELINE, "auto"), default=["always", BASELINE])
+    add("--sides", nargs="+", choices=("auto", BASELINE), default=["auto", BASELINE])
     add("--method", choices=("lora", "full"), default="lora")
     add("--batch", type=int, default=8, help="rows a step")
     add("--steps", type=int, default=6, help="optimiser steps, warm-up included")
@@ -106,7 +105,7 @@ def _report(settings: Settings, rounds: list[dict[str, Outcome]]) -> dict[str, A
     }
     report: dict[str, Any] = {
         "settings": {k: v for k, v in settings.items() if k not in ("rows", "folder", "system")}
-        | {"model": Path(settings["model"]).name, "data": Path(settings["data"]).name},
+        | {key: Path(settings[key]).name for key in ("model", "data", "prefix")},
         "speeds": speeds,
         "ratios": {},
         "largest_loss_difference": {},
