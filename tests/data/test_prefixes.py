@@ -30,7 +30,7 @@ def shared_by(rows: list[np.ndarray]) -> int:
     return next((i for i in range(shortest) if len({int(r[i]) for r in rows}) > 1), shortest)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(token_rows, st.integers(1, 3))
 def test_no_partition_saves_more(listed, shortest):
     rows = [np.array(r) for r in listed]

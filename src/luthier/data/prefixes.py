@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +10,10 @@ import numpy as np
 SHORTEST = 16
 # Rows that are grouped at one time; the search is quadratic in it.
 _AT_ONCE = 64
+
+
+# One way to group some rows: tokens saved, the groups, and the rows left to a group of a shorter beginning.
+_Plan = tuple[int, list[tuple[list[int], int]], list[int]]
 
 
 def group_by_prefix(rows: Sequence[np.ndarray], shortest: int = SHORTEST) -> list[tuple[list[int], int]]:
@@ -26,39 +29,49 @@ def group_by_prefix(rows: Sequence[np.ndarray], shortest: int = SHORTEST) -> lis
         ``(row numbers, shared tokens)`` of each group; 0 where a row shares nothing. A row keeps a token of its own
         beyond what it shares.
     """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
+    order = sorted(range(len(rows)), key=lambda i: rows[i][:-1].tolist())
     groups: list[tuple[list[int], int]] = []
     for begin in range(0, len(order), _AT_ONCE):
-        groups.extend(_best_groups(rows, order[begin : begin + _AT_ONCE], shortest))
+        _, best, _ = _plans(rows, order[begin : begin + _AT_ONCE], shortest)[0]
+        groups += best
     return groups
 
 
-def _best_groups(rows: Sequence[np.ndarray], order: list[int], shortest: int) -> list[tuple[list[int], int]]:
-    """The best partition of rows in lexicographic order into runs, by dynamic programming."""
-    count = len(order)
-    alike = [_common(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
-    best = [0] * (count + 1)  # tokens saved by the first j rows
-    choice = [(j - 1, 0) for j in range(count + 1)]  # where the last of their groups begins, and what it shares
-    for j in range(1, count + 1):
-        best[j] = best[j - 1]
-        shared = len(rows[order[j - 1]]) - 1
-        for i in range(j - 2, -1, -1):
-            shared = min(shared, alike[i], len(rows[order[i]]) - 1)
-            if shared < shortest:
-                break
-            if (saved := best[i] + (j - 1 - i) * shared) > best[j]:
-                best[j], choice[j] = saved, (i, shared)
-    groups = []
-    j = count
-    while j:
-        i, shared = choice[j]
-        groups.append((order[i:j], shared))
-        j = i
-    return groups[::-1]
+def _plans(rows: Sequence[np.ndarray], order: list[int], shortest: int) -> list[_Plan]:
+    """For rows in lexicographic order, the plan that saves the most for each number of rows left, from 0 up.
+
+    What rows share at their beginnings is a tree, and each of its nodes can hold one group. The plans of a node's
+    children are added up; then a group of the node's depth takes some of the rows that they left.
+    """
+    if len(order) == 1:
+        return [(0, [(order, 0)], []), (0, [], order)]
+    depth = _common(rows[order[0]], rows[order[-1]])  # in this order, no two have less in common
+    plans: list[_Plan] = [(0, [], [])]
+    begin = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or _common(rows[order[end - 1]], rows[order[end]]) == depth:
+            plans = _added(plans, _plans(rows, order[begin:end], shortest))
+            begin = end
+    if depth >= shortest:
+        for keep in range(len(plans) - 2):
+            for saved, groups, left in plans[keep + 2 :]:
+                if (with_group := saved + (len(left) - keep - 1) * depth) > plans[keep][0]:
+                    plans[keep] = (with_group, [*groups, (left[keep:], depth)], left[:keep])
+    return plans
+
+
+def _added(some: list[_Plan], more: list[_Plan]) -> list[_Plan]:
+    """The best plans of two sets of rows that share nothing deeper."""
+    best: list[_Plan] = [(-1, [], [])] * (len(some) + len(more) - 1)
+    for a, (saved, groups, left) in enumerate(some):
+        for b, (also, others, waiting) in enumerate(more):
+            if saved + also > best[a + b][0]:
+                best[a + b] = (saved + also, groups + others, left + waiting)
+    return best
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two rows have in common at their beginning."""
-    n = min(len(a), len(b))
+    """How many tokens two rows have in common at their beginning, the last of each left to itself."""
+    n = min(len(a), len(b)) - 1
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
