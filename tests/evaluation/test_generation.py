@@ -123,9 +123,31 @@ def test_what_cannot_be_asked_is_named(base_model, tokenizer):
         generate_answers(base_model, tokenizer, "a")
 
 
-def test_a_model_without_a_cache_of_keys_is_refused(tokenizer):
+def test_a_model_of_states_answers_as_without_a_cache(tokenizer):
+    """A recurrent state takes up padding and drops no rows: each prompt is answered alone."""
+    import torch
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(UserError, match="MambaForCausalLM keeps no keys"):
-        generate_answers(model, tokenizer, ["hello"])
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.5
+    )
+    model = MambaForCausalLM(config).eval()
+    model.generation_config.repetition_penalty = 9.0
+    prompts = ["hello", "what is the capital of France", "a b c d"]
+    expected = []
+    for prompt in prompts:
+        ids = list(tokenizer(prompt)["input_ids"])
+        begin = len(ids)
+        with torch.no_grad():
+            while len(ids) < begin + 8:
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(ids[begin:])
+    stop = expected[1][3]
+    assert [len(set(e)) > 4 for e in expected] == [True] * 3
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=8, stop_token_ids=[stop])
+    for answer, ids in zip(answers, expected, strict=True):
+        end = ids.index(stop) + 1 if stop in ids else 8
+        assert answer.token_ids == ids[:end]
+        assert answer.stopped == (stop in ids)
+    assert model.generation_config.repetition_penalty == 9.0

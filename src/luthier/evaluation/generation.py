@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from luthier.data.render import end_of_turn_ids
 from luthier.errors import UserError, shorten
@@ -124,22 +126,19 @@ def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     alive = list(range(len(prompts)))
     new: list[list[int]] = [[] for _ in prompts]
-    cache = None
+    cache, cache_name = None, _cache_name(model)
     while True:
         out = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name: cache},
         )
-        cache = getattr(out, "past_key_values", None)
-        if cache is None:
-            raise UserError(
-                f"{type(model).__name__} keeps no keys and values between tokens, so it cannot be asked here",
-                remedy="set evaluation.enabled=false, or use a transformer",
-            )
+        cache = getattr(out, cache_name, None)
+        if cache is None or any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+            return _one_by_one(model, prompts, limits, stops)
         chosen = out.logits[:, -1].argmax(-1)  # [B]
         for row, token in zip(alive, chosen.tolist(), strict=True):
             new[row].append(token)
@@ -153,3 +152,28 @@ def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list
             ids, positions, mask = ids[index], positions[index], mask[index]
             alive = [alive[i] for i in going]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+
+
+def _cache_name(model: Any) -> str:
+    """What the model's forward calls its cache: transformers 5.24 renamed it."""
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(own.forward).parameters else "past_key_values"
+
+
+def _one_by_one(model: Any, prompts: list[list[int]], limits: list[int], stops: list[int]) -> list[list[int]]:
+    """New token ids of each prompt from transformers' own loop, for models that remember more than keys and values.
+
+    A recurrent state (Mamba, hybrids) has taken up the padding of its row, and rows cannot leave its cache.
+    """
+    device = next(model.parameters()).device
+    own, new = model.generation_config, []
+    model.generation_config = GenerationConfig()  # generate() takes from it what its argument leaves open
+    try:
+        for prompt, limit in zip(prompts, limits, strict=True):
+            config = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=stops or None, pad_token_id=0)
+            ids = torch.tensor([prompt], device=device)
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            new.append(out[0, len(prompt) :].tolist())
+    finally:
+        model.generation_config = own
+    return new
