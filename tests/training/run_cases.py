@@ -86,6 +86,8 @@ def run_case(trainer: Trainer, *, resume: bool = False, stop: int | None = None)
     try:
         trainer.run(resume=resume)
     except InterruptedError:
+        # The main process has written its last checkpoint when it comes here; the others must not look for it before.
+        trainer.processes.wait()
         return {}
     return {"gradients": gradients, "weights": whole(trainer, trainer.optimiser.weights())}
 
