@@ -6,10 +6,12 @@ Each case leaves ``OUT/CASE.pt``: the whole gradient of every step, and the whol
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import Bench
@@ -89,7 +91,26 @@ def run_case(trainer: Trainer, *, resume: bool = False, stop: int | None = None)
         # The main process has written its last checkpoint when it comes here; the others must not look for it before.
         trainer.processes.wait()
         return {}
-    return {"gradients": gradients, "weights": whole(trainer, trainer.optimiser.weights())}
+    return {"gradients": gradients, "weights": whole(trainer, trainer.optimiser.weights()), "held": held(trainer)}
+
+
+def held(trainer: Trainer) -> list[dict[str, int]]:
+    """How many numbers each process holds, of all parameters and of the optimiser's; and how many there are."""
+
+    def count(tensors: Iterable[Any]) -> int:
+        # What is really allocated: a tensor may be a view of something larger.
+        local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+        return sum(
+            {s.data_ptr(): s.nbytes() // t.element_size() for t in local for s in [t.untyped_storage()]}.values()
+        )
+
+    parameters = list(trainer.model.parameters())
+    mine = {
+        "parameters": count(parameters),
+        "all parameters": sum(p.numel() for p in parameters),
+        "moments": count(m for name, m in trainer.optimiser.moments().items() if not name.endswith("step")),
+    }
+    return trainer.processes.gather(mine)
 
 
 def main(model: Path, out: Path) -> None:

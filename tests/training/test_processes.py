@@ -78,6 +78,20 @@ def test_two_processes_train_as_one(two, one, name, sharding):
         torch.testing.assert_close(together["weights"][key], weight, rtol=1e-3, atol=1e-2 if half else 3e-4, msg=key)
 
 
+@pytest.mark.parametrize(("name", "sharding"), BOTH)
+def test_each_process_holds_a_half_where_it_should(two, one, name, sharding):
+    """Counted in memory: weights, trained or not, and the optimiser's moments."""
+    alone = one(name)[0]["held"][0]
+    mine = torch.load(two / f"{name}-{sharding}.pt")["held"]
+    assert len(mine) == 2
+    for key in ("parameters", "moments"):
+        # A matrix of one row cannot be halved: the first process has all of a rank-one A.
+        bound = 0.02 if name != "lora-rank-one" else 0.1 if key == "parameters" else 0.26
+        shares = [each[key] / alone[key] for each in mine]
+        assert shares == pytest.approx([0.5, 0.5] if sharding == "full" else [1, 1], abs=bound), key
+    assert all(each["all parameters"] == alone["all parameters"] for each in mine)
+
+
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_two_processes_resume_bit_for_bit(two, name, sharding):

@@ -60,7 +60,8 @@ def launch(arguments: list[str], count: int) -> int:
         for index, log in enumerate(logs):
             children.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "luthier.cli", *arguments],
+                    # -P: a yaml.py of the user's, in the folder where luthier runs, is not ours to import.
+                    [sys.executable, "-P", "-m", "luthier.cli", *arguments],
                     env={**shared, "RANK": str(index), "LOCAL_RANK": str(index)},
                     stdout=None if log is None else subprocess.DEVNULL,
                     stderr=log,
