@@ -112,7 +112,7 @@ def _end(children: list[subprocess.Popen[bytes]]) -> None:
 
 def _tell(index: int, code: int, count: int, log: IO[bytes] | None) -> None:
     """Say what the failed process could not say on this terminal."""
-    if log is not None and code > 0:
+    if log is not None and code not in (-signal.SIGKILL, -signal.SIGTERM):
         log.seek(0)
         sys.stderr.write(log.read().decode("utf-8", "replace")[-8000:])
     if code < 0:
