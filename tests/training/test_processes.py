@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,43 @@ def test_a_damaged_piece_is_refused_and_the_step_before_is_used(two, tmp_path, d
     refused: list[str] = []
     assert Checkpoints(tmp_path).newest(refused).state.step == 1
     assert len(refused) == 1 and damaged in refused[0]
+
+
+WAITING = """
+import datetime, sys, torch
+from luthier.errors import FailedElsewhere
+from luthier.training import processes
+processes._COLLECTIVE_PATIENCE = datetime.timedelta(seconds=3)
+every = processes.Processes.join()
+try:
+    with every.telling():
+        every.add_up([torch.zeros(4)]) if every.main else every.wait()
+except (FailedElsewhere, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_process_that_does_not_come_is_not_waited_for_for_ever():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING],
+            env={**os.environ, **shared, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    try:
+        main, other = (process.communicate(timeout=120)[0] for process in both)
+    finally:
+        for process in both:
+            process.kill()
+    assert main.startswith("UserError another process did not come") and "process 0 of 2" in main
+    assert other.startswith("FailedElsewhere process 0 failed: another process did not come")
 
 
 def test_a_model_that_was_not_divided_is_refused():

@@ -36,7 +36,8 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _BUCKET = 1 << 24
 """Numbers added up in one collective: 64 MB of float32, large enough to be fast, small beside the gradients."""
 
-# What the libraries below say when a peer's connection is gone.
+# What Gloo says when a peer does not come, and what the libraries below say when its connection is gone.
+_LATE = ("Timed out waiting",)
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "Connection refused", "NCCL")
 
 
@@ -151,13 +152,16 @@ class Processes:
             lines = str(error).strip().splitlines()
             note = f"process {self.index} failed: {lines[0] if lines else type(error).__name__}"
             lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+            if isinstance(error, RuntimeError) and any(text in str(error) for text in _LATE):
+                error = _waited_in_vain(self)
+                note = f"process {self.index} failed: {error.what}"
             with _store_alive():
                 if lost and not self._store.check(["failed"]):
                     raise FailedElsewhere("another process of this run ended without a word") from None
                 first = self._store.compare_set("failed", "", note).decode()
             if first != note:
                 raise FailedElsewhere(first, told=True) from None
-            raise
+            raise error
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors of one dtype by their sums over all processes, in place; every process gives the same list.
@@ -274,6 +278,16 @@ def _end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != int(launcher):
         sys.exit(128 + signal.SIGTERM)
+
+
+def _waited_in_vain(processes: Processes) -> UserError:
+    minutes = _COLLECTIVE_PATIENCE.total_seconds() / 60
+    return UserError(
+        f"another process did not come to add up gradients or hand over weights within {minutes:g} minutes",
+        where=f"process {processes.index} of {processes.count}",
+        remedy="see whether every process still runs and every machine is reached; --resume goes on from the last "
+        "checkpoint",
+    )
 
 
 @contextlib.contextmanager
