@@ -11,6 +11,7 @@ import torch
 
 from luthier.data.dataset import Dataset, prepare
 from luthier.data.examples import TrainingExample
+from luthier.errors import UserError
 from luthier.methods import get_method
 from luthier.methods.base import TuningMethod, trainable_parameters
 from luthier.methods.saved import fingerprint
@@ -20,7 +21,8 @@ from luthier.recipe import Recipe
 from luthier.training.division import Replicas, Shards
 from luthier.training.loss import LossFunction
 from luthier.training.preflight import Preflight, preflight
-from luthier.training.processes import Processes, make_accelerator
+from luthier.training.processes import Processes, deepspeed_asked_for, make_accelerator
+from luthier.training.zero import Zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +44,7 @@ class Prepared:
     stop_tokens_added: list[int]
     accelerator: Accelerator
     processes: Processes
-    shards: Shards | None
+    shards: Shards | Zero | None
     """the model's pieces; None where this process holds the whole of it"""
 
     @property
@@ -110,8 +112,24 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     base_print = fingerprint(base)
     torch.manual_seed(recipe.seed)
     model = method.wrap(base, recipe.method, new_tokens)
-    shards = None
-    if recipe.training.sharding == "full" and processes.count > 1:
+    shards: Shards | Zero | None = None
+    if deepspeed_asked_for():
+        settings = recipe.training
+        if settings.sharding == "full":
+            raise UserError(
+                "training.sharding=full and DeepSpeed both divide the model",
+                where="training.sharding",
+                remedy="set it to none, or leave DeepSpeed out of the Accelerate configuration",
+            )
+        shards = Zero(
+            model,
+            processes,
+            accelerator.device,
+            weight_decay=method.weight_decay if settings.weight_decay is None else settings.weight_decay,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+        )
+    elif recipe.training.sharding == "full" and processes.count > 1:
         # Before anything runs on the device, which may not hold the whole model.
         shards = Shards(model, processes, accelerator.device)
     else:

@@ -132,13 +132,13 @@ def train(start):
     return whole
 
 
-def alone(workplace: Path, *overrides: str) -> Path:
+def alone(workplace: Path, *overrides: str, resume: bool = False) -> Path:
     """One process, eight rows a step, in this process; returns the run folder."""
     here = Path.cwd()
     os.chdir(workplace)
     try:
         settings = ["training.per_device_train_batch_size=8", "output_dir=alone", *overrides]
-        return workplace / run(Recipe.load(Path("recipe.yaml"), settings)).run_dir
+        return workplace / run(Recipe.load(Path("recipe.yaml"), settings), resume=resume).run_dir
     finally:
         os.chdir(here)
 

@@ -27,6 +27,10 @@ class Division(Protocol):
     parameters: dict[str, torch.nn.Parameter]
     lockstep: bool
 
+    def begin_step(self, passes: int) -> None:
+        """Say how many forward and backward passes the coming step has."""
+        ...
+
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a function that runs the model."""
         ...
@@ -48,6 +52,9 @@ class Replicas:
     def __init__(self, model: torch.nn.Module, processes: Processes) -> None:
         self.parameters = trainable_parameters(model)
         self._processes = processes
+
+    def begin_step(self, passes: int) -> None:
+        pass
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return function(*args, **options)
@@ -82,7 +89,7 @@ class Shards:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         dtype = next(model.parameters()).dtype
-        layers = _layers(model)
+        layers = repeated_layers(model)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -96,7 +103,7 @@ class Shards:
         }
         for layer in layers:
             fully_shard(layer, **settings)
-        self._root = _Root(model)
+        self._root = Root(model)
         fully_shard(self._root, **settings)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
@@ -108,6 +115,9 @@ class Shards:
         # The local pieces, sharing memory with the model's: the optimiser needs to know nothing of the others.
         self.parameters = {n: torch.nn.Parameter(p.to_local().detach()) for n, p in self._trained.items()}
         self.shapes = {name: list(p.shape) for name, p in self._trained.items()}
+
+    def begin_step(self, passes: int) -> None:
+        pass
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """All processes must call together: their pieces are gathered on the way."""
@@ -143,7 +153,7 @@ class Shards:
         return found
 
 
-class _Root(torch.nn.Module):
+class Root(torch.nn.Module):
     """Runs any function of the model under FSDP's root hooks, so that parameters outside the layers (embeddings, norm,
     head) are whole for all of it: the loss takes the head's weight without calling the head."""
 
@@ -174,7 +184,7 @@ def require_sharded(model: torch.nn.Module, count: int) -> None:
         )
 
 
-def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+def repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The repeated blocks of a transformers model: what it says must stay on one device."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     names = set(getattr(base, "_no_split_modules", None) or ())

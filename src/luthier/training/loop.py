@@ -32,6 +32,7 @@ from luthier.training.progress import Reporter, Silent
 from luthier.training.runlog import MetricsLog
 from luthier.training.saver import Saver
 from luthier.training.sharded_checkpoint import ShardedCheckpoints
+from luthier.training.zero import GatheredCheckpoints, Zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,7 +103,7 @@ class Trainer:
         run_dir: Path,
         accelerator: Accelerator,
         reporter: Reporter | None = None,
-        shards: Shards | None = None,
+        shards: Shards | Zero | None = None,
     ) -> None:
         settings = recipe.training
         if accelerator.device.type == "cpu":
@@ -110,7 +111,7 @@ class Trainer:
         self.accelerator = accelerator
         self.processes = Processes.join()
         self.model = model if shards is not None else model.to(accelerator.device)
-        self.division: Replicas | Shards = shards or Replicas(self.model, self.processes)
+        self.division: Replicas | Shards | Zero = shards or Replicas(self.model, self.processes)
         self.loss_function = loss_function
         self.recipe = recipe
         self.settings = settings
@@ -127,18 +128,24 @@ class Trainer:
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,
         )
-        self.optimiser = MasterAdamW(
-            self.division.parameters,
-            lr=self.plan.learning_rate,
-            weight_decay=self.plan.weight_decay,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            add_squares=None if shards is None else shards.add_squares,
+        self.optimiser: Any = (
+            shards
+            if isinstance(shards, Zero)
+            else MasterAdamW(
+                self.division.parameters,
+                lr=self.plan.learning_rate,
+                weight_decay=self.plan.weight_decay,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                eps=settings.adam_epsilon,
+                add_squares=None if shards is None else shards.add_squares,
+            )
         )
         folder, keep = run_dir / "checkpoints", settings.save_total_limit
         self.checkpoints = (
             Checkpoints(folder, keep=keep)
             if shards is None
+            else GatheredCheckpoints(folder, self.processes, keep=keep)
+            if isinstance(shards, Zero)
             else ShardedCheckpoints(folder, shards.shapes, self.processes, keep=keep)
         )
         self.saver = Saver(self.checkpoints)
@@ -212,7 +219,9 @@ class Trainer:
             [sum(getattr(b, key) for b in batches) for key in ("trained_tokens", "tokens", "computed")]
         )
         total = torch.zeros((), device=self.accelerator.device)
-        for batch, share in self._in_lockstep(batches, len(self.order.step(step, 0))):
+        passes = len(self.order.step(step, 0))
+        self.division.begin_step(passes)
+        for batch, share in self._in_lockstep(batches, passes):
             loss = self._loss(batch) * share / trained
             loss.backward()
             total += loss.detach()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import importlib.util
 import json
 import os
 import signal
@@ -219,9 +220,23 @@ def _only_cpus() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
 
 
+def deepspeed_asked_for() -> bool:
+    """Whether Accelerate's launcher was configured for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
+
+
 def _refuse_other_engines() -> None:
+    if deepspeed_asked_for():
+        missing = importlib.util.find_spec("deepspeed") is None
+        if missing or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+            raise UserError(
+                "the Accelerate configuration asks for DeepSpeed, which "
+                + ("is not installed" if missing else "divides work among processes; this run has one"),
+                where="ACCELERATE_USE_DEEPSPEED",
+                remedy=("pip install deepspeed" if missing else "start several")
+                + ", or leave it out there; training.sharding=full divides as well",
+            )
     for variable, name in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ):
