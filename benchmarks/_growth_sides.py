@@ -87,7 +87,7 @@ def train(settings: Settings) -> Outcome:
         method |= {"r": settings["r"], "lora_alpha": 32, "lora_dropout": 0.0}
     recipe = Recipe.from_dict(
         {
-            "model": {"name": settings["folder"], "dtype": "bfloat16"},
+            "model": {"name": settings["folder"], "dtype": settings["dtype"]},
             "data": {"shuffle": False, "max_length": None},
             "method": method,
             "training": {

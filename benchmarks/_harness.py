@@ -73,7 +73,7 @@ def _processor_seconds() -> tuple[float, float, float]:
 
 
 def measure_peak(settings: Settings, scratch: str | Path) -> float:
-    """The machine's bfloat16 matmul peak in FLOP/s, measured by a child."""
+    """The machine's matmul peak in the run's precision, in FLOP/s, measured by a child."""
     flops: float = run_child("_prepare", "peak", settings, scratch)["flops"]
     return flops
 

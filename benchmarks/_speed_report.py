@@ -101,7 +101,8 @@ def tables(settings: Settings, rounds: list[dict[str, Outcome]], report: dict[st
         f"{settings['dtype']}, {settings['batch']} rows a step, {timed} timed steps, {settings['rounds']} rounds, "
         f"{settings['threads']} threads; {settings['tokens']:,} tokens in the rows, {settings['passed_over']} rows "
         "too long",
-        f"bfloat16 matmul peak: {max(peaks) / 1e9:.0f} GFLOP/s (measured {len(peaks)} times: {spread(peaks, 1e9, 0)})",
+        f"{settings['dtype']} matmul peak: {max(peaks) / 1e9:.0f} GFLOP/s "
+        f"(measured {len(peaks)} times: {spread(peaks, 1e9, 0)})",
     ]
     if settings["not_run"]:
         lines.append(f"not run, for no environment was named (--peer-python): {', '.join(settings['not_run'])}")

@@ -3,9 +3,9 @@
     python benchmarks/growth.py --json growth.json
     python benchmarks/growth.py --tables vocabulary --method full
 
-Models have random weights in SmolLM2's shapes, made from a config (no download), in bfloat16; rows are random tokens
-of one exact length, the later half of each trained. Every point trains in a fresh child process by Luthier's own
-preparation and loop.
+Models have random weights in SmolLM2's shapes, made from a config (no download); rows are random tokens of one exact
+length, the later half of each trained. Every point trains in a fresh child process by Luthier's own preparation and
+loop.
 
 - length: rows of 256 to 8,192 tokens, `--tokens` in all a step; the 135M shape
 - vocabulary: an output head of 49 to 256 thousand on the 135M body; 8 rows of `--length` tokens a step
@@ -13,8 +13,8 @@ preparation and loop.
 - size: the shapes of 135M, 360M and 1.7B; 8 rows of `--length` tokens a step
 
 What is printed for each point, and in brackets how many times the first row's: tokens a second, milliseconds a step,
-peak resident memory from the first step on (the model's loading is left out), and the share of the machine's bfloat16
-matmul peak: by the products with weights alone (as training_speed.py counts them), and with those of causal
+peak resident memory from the first step on (the model's loading is left out), and the share of the machine's matmul
+peak: by the products with weights alone (as training_speed.py counts them), and with those of causal
 attention, 6·L²·(heads × head size) FLOPs a layer for a row of L tokens, forward and backward. A point whose weights,
 gradients and moments alone are more than the free memory isn't run, and says so.
 """
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     names = ("length", "vocabulary", "batch", "size")
     add("--tables", nargs="+", choices=names, default=list(names))
     add("--method", choices=("lora", "full"), default="lora")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--steps", type=int, default=4, help="optimiser steps, warm-up included")
     add("--warmup-steps", type=int, default=1, help="first steps that are not timed")
     add("--rounds", type=int, default=1, help="times each point is measured; medians are printed with their range")
@@ -112,7 +113,7 @@ def _measure(name: str, point: Point, settings: Settings, scratch: str, peaks: l
         kept.write_text(json.dumps(sizes), encoding="utf-8")
     point |= json.loads(kept.read_text(encoding="utf-8"))
     point["runs"] = []
-    needed = _least_memory(point, settings["method"])
+    needed = _least_memory(point, settings["method"], 2 if settings["dtype"] == "bfloat16" else 4)
     if needed > psutil.virtual_memory().available:
         point["why_not"] = f"not run: needs {needed / 2**30:.0f} GiB before any activation"
         return
@@ -124,9 +125,9 @@ def _measure(name: str, point: Point, settings: Settings, scratch: str, peaks: l
         peaks.append(measure_peak(settings, scratch))
 
 
-def _least_memory(point: Point, method: str) -> int:
-    """Bytes of the bfloat16 weights and, where all are trained, of float32 masters, gradients and two moments."""
-    return int(point["parameters"] * (2 if method == "lora" else 2 + 4 * 4))
+def _least_memory(point: Point, method: str, size: int) -> int:
+    """Bytes of weights of ``size`` bytes and, where all are trained, of float32 masters, gradients, two moments."""
+    return int(point["parameters"] * (size if method == "lora" else size + 4 * 4))
 
 
 def _numbers(point: Point, settings: Settings, peak: float) -> list[dict[str, float]]:
@@ -155,9 +156,10 @@ def _numbers(point: Point, settings: Settings, peak: float) -> list[dict[str, fl
 def _tables(settings: Settings, report: dict[str, Any], points: dict[str, list[Point]]) -> str:
     peaks = report["matmul_peak_flops"]
     lines = [
-        f"{settings['method']}, bfloat16, {settings['steps'] - settings['warmup_steps']} timed steps, "
+        f"{settings['method']}, {settings['dtype']}, {settings['steps'] - settings['warmup_steps']} timed steps, "
         f"{settings['rounds']} rounds, {settings['threads']} threads",
-        f"bfloat16 matmul peak: {max(peaks) / 1e9:.0f} GFLOP/s (measured {len(peaks)} times: {spread(peaks, 1e9, 0)})",
+        f"{settings['dtype']} matmul peak: {max(peaks) / 1e9:.0f} GFLOP/s "
+        f"(measured {len(peaks)} times: {spread(peaks, 1e9, 0)})",
     ]
     header = ["tokens/s", "ms a step", "peak memory, MiB", "share of peak", "with attention"]
     for name, listed in points.items():

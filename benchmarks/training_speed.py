@@ -13,8 +13,8 @@ What is printed:
 
 - tokens a second: tokens of the rows, padding not counted, over the seconds of the timed steps (forward, backward,
   optimiser), the first `--warmup-steps` left out;
-- share of the peak: model FLOP/s over the machine's bfloat16 matmul peak: the fastest large product of this run,
-  measured before and after each side. FLOPs are those of the matrix products that training cannot do without. A
+- share of the peak: model FLOP/s over the machine's matmul peak in this precision: the fastest large product of this
+  run, measured before and after each side. FLOPs are those of the matrix products that training cannot do without. A
   parameter takes part in 2 FLOPs a token forward, 2 for the gradient of its input and, where it is trained, 2 for its
   own gradient: full fine-tuning costs 6·P a token; LoRA costs 4·P plus 6 for each parameter of its matrices. The
   output head counts for trained tokens alone (no other position needs logits). Attention scores and the embedding's
@@ -23,7 +23,7 @@ What is printed:
 - which rounds other programs disturbed, by the processor time that was not the child's: run those again;
 - the loss of every step of the first round side by side, and with `--with-reference` the loss of the same steps in
   float32 (plain transformers and torch, one row at a time) with each side's distance to it. LoRA starts as the base
-  model whatever its matrices (B = 0), so the first losses must agree within bfloat16 rounding; where they do not, the
+  model whatever its matrices (B = 0), so the first losses must agree within its rounding; where they do not, the
   exit status is 1. Every side that can starts from the same LoRA matrices; which did not is printed.
 """
 

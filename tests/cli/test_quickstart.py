@@ -26,7 +26,7 @@ def test_the_quickstart_proves_what_changed(tmp_path):
         assert wanted in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["status"] == "finished" and manifest["training"]["seconds"] < 600
+    assert manifest["status"] == "finished"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -306,3 +307,36 @@ def test_a_young_adapter_is_not_rounded_away(smollm2_dir, tokenizer):
     expected = gain(exact, own=True)
     assert expected > 0.02
     assert gain(rounded, own=False) == pytest.approx(expected, rel=0.3)
+
+
+@pytest.mark.parametrize("family", ["llama biased", "qwen3"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_layers_keep_is_what_is_predicted(family, method):
+    model = wrapped(tiny(family), method, r=5, target_modules=["q_proj", "down_proj"])
+    function = LossFunction(model, ops=reference)
+    assert function.fused is not None, function.fused_reason
+    batch = pack(rows())
+    whole, entry = function.fused.kept_bytes()
+    kept = bytes_kept(function(batch))
+    assert len(kept) == SMALL["num_hidden_layers"]
+    # The last layer computes the trained positions alone.
+    assert sorted(kept)[1:] == [batch.computed * whole] * (len(kept) - 1)
+    function.recompute_activations()
+    assert bytes_kept(function(batch)) == [batch.computed * entry] * len(kept)
+
+
+def bytes_kept(loss: torch.Tensor) -> list[int]:
+    """Bytes that each fused layer behind a loss keeps, its weights left out."""
+    found, todo = [], [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if type(node).__name__ == "LayerBackward":
+            tensors = [node.saved_tensors[0]]
+            for field in () if node.kept is None else dataclasses.fields(node.kept):
+                value = getattr(node.kept, field.name)
+                parts = value if isinstance(value, tuple) else (value,)
+                tensors += [t for t in parts if t is not None]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            found.append(sum(storages.values()))
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
+    return found

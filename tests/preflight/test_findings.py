@@ -242,8 +242,8 @@ def test_settings_outside_the_advice_are_warned_of(tiny_model_dir, tmp_path):
 
 def test_what_does_not_fit_is_refused(tiny_model_dir, tmp_path):
     settings = recipe()
-    _, dataset, model, _, _ = ready(tiny_model_dir, settings, {"train": rows(40)})
-    needs = predict(settings, model, dataset.train.encoded)
+    _, dataset, model, loss, _ = ready(tiny_model_dir, settings, {"train": rows(40)})
+    needs = predict(settings, model, dataset.train.encoded, loss)
     assert not list(check_room(needs, tmp_path, torch.device("cpu")))
     huge = replace(needs, activations=10**15, disk=10**18)
     assert codes(check_room(huge, tmp_path / "not" / "there", torch.device("cpu"))) == {

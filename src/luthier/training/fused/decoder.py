@@ -14,7 +14,17 @@ import torch
 
 from luthier.data.batch import Batch
 from luthier.training.attention import AttentionCall
-from luthier.training.fused.layer import NAMES, Call, Layer, LayerPlan, Norm, Norms, Projection, Tensors
+from luthier.training.fused.layer import (
+    NAMES,
+    Call,
+    Layer,
+    LayerPlan,
+    Norm,
+    Norms,
+    Projection,
+    Tensors,
+    kept_bytes,
+)
 
 
 class NotFused(Exception):
@@ -64,6 +74,12 @@ class FusedDecoder:
             x = Layer.apply(x, plan, call, *tensors.flat())
         hidden: torch.Tensor = Norm.apply(x, body.norm.weight, _norm_eps(body.norm), self.ops)
         return hidden if len(rows) == len(batch.kept) and torch.equal(batch.kept, rows) else hidden[back]
+
+    def kept_bytes(self) -> tuple[int, int]:
+        """Bytes a token that a layer keeps for its backward pass, and those of its input alone; the largest layer's."""
+        layers = [self._layer(layer, window) for layer, window in zip(self.body.layers, self.windows, strict=True)]
+        weight = layers[0][1].projections[0].weight
+        return max(kept_bytes(*layer) for layer in layers), weight.shape[1] * weight.element_size()
 
     def _layer(self, layer: Any, window: int | None) -> tuple[LayerPlan, Tensors]:
         attention = layer.self_attn

@@ -207,6 +207,18 @@ class _Kept:
     lows: tuple[Any, Any, Any, Any]
 
 
+def kept_bytes(plan: LayerPlan, tensors: Tensors) -> int:
+    """Bytes a token that the input of a layer and its :class:`_Kept` hold."""
+    q, k, v, o, gate, up, _ = (len(p.weight) for p in tensors.projections)
+    ranks = sum(len(p.a) for p in tensors.projections if p.a is not None)
+    values = 2 * o + 2 * q + k + v + gate + up + ranks
+    floats = 2 + plan.heads  # of float32: the norms' factors and attention's log-sum-exp
+    if tensors.norms.query is not None:
+        values += q + k
+        floats += plan.heads + plan.kv_heads
+    return values * tensors.projections[0].weight.element_size() + floats * torch.float32.itemsize
+
+
 class Layer(torch.autograd.Function):
     """See the module's text. ``apply(x, plan, call, *Tensors.flat())``: ``[N, D]`` to ``[N or len(rows), D]``."""
 

@@ -72,7 +72,7 @@ def preflight(
     if rows:
         plan = Plan.of(recipe, method, len(rows), processes)
         findings += checks.check_settings(recipe, method, plan, len(rows))
-        needs = checks.predict(recipe, model, rows)
+        needs = checks.predict(recipe, model, rows, loss_function)
         needs = replace(needs, optimiser=needs.optimiser // pieces)
         findings += checks.check_room(needs, run_dir, device, sharers)
         losses = checks.first_loss(model, loss_function, dataset)

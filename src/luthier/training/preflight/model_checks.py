@@ -19,6 +19,7 @@ from luthier.recipe import LoraMethod, Recipe
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight.findings import Finding
+from luthier.training.saver import COPIED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,42 +44,53 @@ class Needs:
         return self.optimiser + self.activations
 
 
-def predict(recipe: Recipe, model: torch.nn.Module, rows: Sequence[EncodedExample]) -> Needs:
+def predict(
+    recipe: Recipe, model: torch.nn.Module, rows: Sequence[EncodedExample], loss_function: LossFunction
+) -> Needs:
     """Predicted memory and disk of a run with a wrapped model.
 
     Optimiser: float32 master weight, gradient and two moments a trained parameter, beside the gradient in the
-    weights' own precision. Activations: what the backward pass keeps of each layer for the tokens of one forward
-    pass (about 8 hidden-sized and 4 intermediate-sized tensors), the heaviest batch of the rows taken, and a constant.
-    On SmolLM2 with GSM8K the prediction and the measured growth were 3.2 and 3.5 GB (LoRA, 8 rows), 1.5 and 1.5 GB
-    (LoRA, 2 rows), 4.7 and 4.0 GB (full, 8 rows). Disk: float32 weights and two moments a checkpoint, those kept and
-    the one being written, and the saved model.
+    weights' own precision, and the copy that a small checkpoint is written from. Activations: what the backward pass
+    keeps of each layer for the tokens of one forward pass (fused layers know; the model's own keep about 8
+    hidden-sized and 4 intermediate-sized tensors), the heaviest batch of the rows taken, and a constant. Rows that
+    share a beginning need less. Disk: float32 weights and two moments a checkpoint, those kept and the one being
+    written, and the saved model.
     """
     trained, every = parameter_counts(model)
     size = next(model.parameters()).element_size()
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    layers = int(config.num_hidden_layers)
     lengths = np.sort([len(row) for row in rows])[::-1] if rows else np.zeros(1, dtype=int)
     batch = recipe.training.per_device_train_batch_size
     # The heaviest batch seen over a few thousand shuffled steps lies near its mean plus four deviations.
     spread = float(lengths.mean() * batch + 4 * lengths.std() * math.sqrt(batch))
     tokens = min(int(lengths[:batch].sum()), int(spread) + 1)
-    per_layer = 8 * hidden + 4 * inner
-    if isinstance(recipe.method, LoraMethod):
-        # The adapters' own inputs after dropout, seven places a layer.
-        per_layer += (5 * hidden + 2 * inner if recipe.method.lora_dropout else 0) + 14 * recipe.method.r
-    kept_layers = 1 + layers * hidden / per_layer if recipe.training.gradient_checkpointing else layers
-    activations = int(tokens * per_layer * kept_layers * size)
+    layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
+    whole, entry = _kept_a_layer(recipe, model, loss_function)
+    kept = whole + layers * entry if recipe.training.gradient_checkpointing else layers * whole
     checkpoint = trained * 12
+    copied = checkpoint if checkpoint <= COPIED else 0
     saved = every * size if not isinstance(recipe.method, LoraMethod) else trained * size
     merged = every * size if recipe.deployment.merge else 0
     return Needs(
         weights=every * size,
-        optimiser=trained * (16 + size),
-        activations=activations + _WORKSPACE,
+        optimiser=trained * (16 + size) + copied,
+        activations=tokens * kept + _WORKSPACE,
         disk=checkpoint * (recipe.training.save_total_limit + 2) + 2 * saved + 2 * merged,
     )
+
+
+def _kept_a_layer(recipe: Recipe, model: torch.nn.Module, loss_function: LossFunction) -> tuple[int, int]:
+    """Bytes a token that a layer keeps for the backward pass, and those of its input alone."""
+    if loss_function.fused is not None:
+        return loss_function.fused.kept_bytes()
+    size = next(model.parameters()).element_size()
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    values = 8 * hidden + 4 * inner
+    if isinstance(recipe.method, LoraMethod):
+        # The adapters' own inputs after dropout, seven places a layer.
+        values += (5 * hidden + 2 * inner if recipe.method.lora_dropout else 0) + 14 * recipe.method.r
+    return values * size, hidden * size
 
 
 def check_room(needs: Needs, run_dir: Path, device: torch.device, sharers: int = 1) -> Iterator[Finding]:
