@@ -107,8 +107,9 @@ def test_fused_is_the_models_own(family, method):
     assert len(expected) > 20
     same(step(model, fused, pack(examples)), expected)
     same(step(model, fused, pack(examples, share=True)), expected)
-    fused.recompute_activations()
-    same(step(model, fused, pack(examples, share=True)), expected)
+    for what in ("mlp", True):
+        assert not fused.recompute_activations(what)
+        same(step(model, fused, pack(examples, share=True)), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
@@ -236,10 +237,11 @@ def test_dropout_is_the_same_forward_and_backward():
             parameter += 1e-3 * direction
         assert slope == pytest.approx((above - below) / 2e-3, rel=0.05, abs=2e-3), name
     gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    function.recompute_activations()
-    loss().backward()
-    same({n: p.grad for n, p in named.items() if p.grad is not None}, gradients, 1e-5)
+    for what in ("mlp", True):
+        model.zero_grad(set_to_none=True)
+        function.recompute_activations(what)
+        loss().backward()
+        same({n: p.grad for n, p in named.items() if p.grad is not None}, gradients, 1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -12,6 +12,7 @@ from luthier.errors import UserError
 from luthier.training.fused import kernels
 from luthier.training.loop import Interrupted
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
+from luthier.training.progress import Silent
 
 
 def snapshot(trainer):
@@ -20,6 +21,16 @@ def snapshot(trainer):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Said(Silent):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
 
 
 def losses(folder):
@@ -72,9 +83,15 @@ def test_padded_trains_as_packed(bench, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_gradient_checkpointing_changes_nothing(bench, tmp_path, method):
+@pytest.mark.parametrize("kept", [True, "mlp"])
+def test_gradient_checkpointing_changes_nothing(bench, tmp_path, method, kept):
     plain = bench.trainer(tmp_path / "plain", bench.recipe(method, max_steps=3))
-    leaner = bench.trainer(tmp_path / "leaner", bench.recipe(method, max_steps=3, gradient_checkpointing=True))
+    said = Said()
+    recipe = bench.recipe(method, max_steps=3, gradient_checkpointing=kept)
+    leaner = bench.trainer(tmp_path / "leaner", recipe, reporter=said)
+    # The tiny model's layers are not fused: whole layers are recomputed, and the run says so.
+    assert leaner.loss_function.fused is None
+    assert len(said.lines) == (kept == "mlp") and all("whole layers" in line for line in said.lines)
     assert plain.run().last_loss == pytest.approx(leaner.run().last_loss, rel=1e-6)
     for name, value in plain.optimiser.weights().items():
         torch.testing.assert_close(leaner.optimiser.weights()[name], value, rtol=1e-4, atol=1e-6)

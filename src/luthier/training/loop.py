@@ -146,8 +146,10 @@ class Trainer:
         self._received: int | None = None
         self._signal: int | None = None
         self._log: MetricsLog | None = None
-        if settings.gradient_checkpointing:
-            loss_function.recompute_activations()
+        if instead := loss_function.recompute_activations(settings.gradient_checkpointing):
+            self.reporter.say(
+                f"[yellow]training.gradient_checkpointing={settings.gradient_checkpointing}:[/yellow] {instead}"
+            )
 
     def run(self, *, resume: bool = False) -> Outcome:
         """Train to the end, or go on from the newest whole checkpoint.

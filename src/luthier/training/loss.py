@@ -15,6 +15,7 @@ from luthier.data.encode import EncodedExample
 from luthier.training import attention
 from luthier.training.fused import kernels, reference
 from luthier.training.fused.decoder import FusedDecoder, NotFused
+from luthier.training.fused.layer import Recompute
 
 # Bytes of logits that exist at one time, in the model's precision. On a CPU they stay below the size that the
 # allocator maps anew (see allocator), except where the head itself is trained: its gradient is added up in float32
@@ -160,14 +161,25 @@ class LossFunction:
         """The examples as one batch of the form this model takes."""
         return pack(examples, share=self.share_prefix) if self.packed else pad(examples, self.pad_token_id)
 
-    def recompute_activations(self) -> None:
-        """Keep the inputs of layers alone and compute the rest again in the backward pass."""
+    def recompute_activations(self, what: Recompute = True) -> str:
+        """Keep less for the backward pass and compute it again there.
+
+        Args:
+            what: True: all but the inputs of layers; "mlp": the inner values of each layer's MLP.
+
+        Returns:
+            in words for the user, what is done instead, where layers run that cannot do what was asked; else empty.
+        """
         if self.fused is not None:
-            self.fused.recompute = True
-        else:
-            self.model.activation_checkpointing_enable(  # type: ignore[operator]
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            self.fused.recompute = what
+            return ""
+        if not what:
+            return ""
+        self.model.activation_checkpointing_enable(  # type: ignore[operator]
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+        # Whole layers need less memory than was asked for, never more.
+        return "" if what is True else f"whole layers are recomputed, not their MLPs alone: {self.fused_reason}"
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Sum of the cross-entropies of the batch's targets, float32 scalar. Divide by the step's trained tokens."""

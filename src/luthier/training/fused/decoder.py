@@ -14,7 +14,17 @@ import torch
 
 from luthier.data.batch import Batch
 from luthier.training.attention import AttentionCall
-from luthier.training.fused.layer import NAMES, Call, Layer, LayerPlan, Norm, Norms, Projection, Tensors
+from luthier.training.fused.layer import (
+    NAMES,
+    Call,
+    Layer,
+    LayerPlan,
+    Norm,
+    Norms,
+    Projection,
+    Recompute,
+    Tensors,
+)
 
 
 class NotFused(Exception):
@@ -37,7 +47,7 @@ class FusedDecoder:
         _require(_children(body) == {"embed_tokens", "layers", "norm", "rotary_emb"}, "the decoder has other parts")
         self.body = body
         self.ops = ops
-        self.recompute = False
+        self.recompute: Recompute = False
         for layer in body.layers:
             _check_layer(layer, calls)
         self.calls = calls

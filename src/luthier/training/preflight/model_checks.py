@@ -68,8 +68,10 @@ def predict(recipe: Recipe, model: torch.nn.Module, rows: Sequence[EncodedExampl
     if isinstance(recipe.method, LoraMethod):
         # The adapters' own inputs after dropout, seven places a layer.
         per_layer += (5 * hidden + 2 * inner if recipe.method.lora_dropout else 0) + 14 * recipe.method.r
-    kept_layers = 1 + layers * hidden / per_layer if recipe.training.gradient_checkpointing else layers
-    activations = int(tokens * per_layer * kept_layers * size)
+    kept = {False: per_layer, True: hidden, "mlp": per_layer - 4 * inner}[recipe.training.gradient_checkpointing]
+    # A layer that recomputes holds everything while its backward pass runs.
+    in_hand = per_layer if recipe.training.gradient_checkpointing else 0
+    activations = int(tokens * (layers * kept + in_hand) * size)
     checkpoint = trained * 12
     saved = every * size if not isinstance(recipe.method, LoraMethod) else trained * size
     merged = every * size if recipe.deployment.merge else 0
