@@ -37,7 +37,7 @@ class FusedDecoder:
     Args:
         body: the decoder without its head (transformers' ``LlamaModel`` and its kin), LoRA layers in place or not.
         calls: what each of its attention modules asked for, from ``attention.recording``.
-        ops: `kernels.Kernels`, or the module `reference`.
+        ops: `kernels.Kernels`, `cuda.Cuda`, or the module `reference`.
 
     Raises:
         NotFused: the structure is another.
@@ -61,7 +61,8 @@ class FusedDecoder:
         x = body.embed_tokens(batch.input_ids)
         cosine, sine = (t[0].float().contiguous() for t in body.rotary_emb(x, position_ids=batch.position_ids))
         x = x[0].contiguous()
-        rows, back = torch.unique(batch.kept, return_inverse=True)
+        # Only where examples share tokens may a position be kept twice; looking for it makes a GPU wait.
+        rows, back = torch.unique(batch.kept, return_inverse=True) if batch.shares else (batch.kept, None)
         training = body.training
         seeds = torch.randint(2**32, (len(body.layers), 4)).tolist() if training else None
         for number, layer in enumerate(body.layers):
@@ -73,7 +74,7 @@ class FusedDecoder:
                 call.rows = rows
             x = Layer.apply(x, plan, call, *tensors.flat())
         hidden: torch.Tensor = Norm.apply(x, body.norm.weight, _norm_eps(body.norm), self.ops)
-        return hidden if len(rows) == len(batch.kept) and torch.equal(batch.kept, rows) else hidden[back]
+        return hidden if back is None else hidden[back]
 
     def _layer(self, layer: Any, window: int | None) -> tuple[LayerPlan, Tensors]:
         attention = layer.self_attn

@@ -70,9 +70,9 @@ class Call:
     """What one forward pass brings to a layer."""
 
     ops: Any
-    """`kernels.Kernels`, or the module `reference`"""
+    """`kernels.Kernels`, `cuda.Cuda`, or the module `reference`"""
     segments: torch.Tensor
-    """``[S, 4] int32``, see `reference.Segments`"""
+    """``[S, 4] int32`` on the CPU, see `reference.Segments`"""
     cosine: torch.Tensor
     """``[N, d] float32``; sine the same"""
     sine: torch.Tensor
@@ -81,7 +81,7 @@ class Call:
     training: bool = False
     recompute: Recompute = False
     rows: torch.Tensor | None = None
-    """Positions whose output is wanted, sorted; None: all. The last layer need not compute the others."""
+    """Positions whose output is wanted, each once; None: all. The last layer need not compute the others."""
 
 
 class Tensors(NamedTuple):
