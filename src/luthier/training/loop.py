@@ -24,6 +24,7 @@ from luthier.recipe import Recipe
 from luthier.training.allocator import keep_freed_memory
 from luthier.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from luthier.training.division import Replicas, Shards
+from luthier.training.input import StepInput
 from luthier.training.loss import LossFunction
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
 from luthier.training.plan import Plan
@@ -127,6 +128,16 @@ class Trainer:
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,
         )
+        on_gpu = accelerator.device.type == "cuda"
+        self.input = StepInput(
+            loss_function.batch,
+            train_rows,
+            self.order,
+            accelerator.process_index,
+            steps=self.plan.steps,
+            ahead=on_gpu,
+            pin=on_gpu,
+        )
         self.optimiser = MasterAdamW(
             self.division.parameters,
             lr=self.plan.learning_rate,
@@ -192,6 +203,7 @@ class Trainer:
             self._take_best()
         finally:
             self.reporter.stop()
+            self.input.close()
             restore()
             self.optimiser.close()
             if self._log is not None:
@@ -207,8 +219,7 @@ class Trainer:
         step = self.state.step
         self.model.train()
         self._seed(step)
-        micro = self.order.step(step, self.accelerator.process_index)
-        batches = [self.loss_function.batch([self.train_rows[i] for i in indices]) for indices in micro]
+        batches = self.input.take(step)
         # One count for the whole step, over all forward passes and processes: each trained token weighs the same.
         trained, tokens, computed = self._sum(
             [sum(getattr(b, key) for b in batches) for key in ("trained_tokens", "tokens", "computed")]
