@@ -98,7 +98,8 @@ def _ops_of_layers(parameters: list[torch.nn.Parameter]) -> Any:
             raise NotFused(choice.reason)
         return cuda.load(parameters[0].device, parameters[0].dtype)
     if kinds != {("cpu", torch.bfloat16)}:
-        raise NotFused("the kernels are for weights in bfloat16, or on a GPU in float16, and no others")
+        names = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        raise NotFused(f"the kernels are for weights in bfloat16, or on a GPU in float16; here are {names}")
     compiled = kernels.load()
     if compiled is None:
         raise NotFused(kernels.why_not())
