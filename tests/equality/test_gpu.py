@@ -10,6 +10,7 @@ from luthier.data.batch import pack
 from luthier.training import attention
 from luthier.training.fused import cuda, reference, varlen
 from luthier.training.loss import LossFunction, linear_cross_entropy
+from luthier.training.optimiser import MasterAdamW
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -362,3 +363,23 @@ def test_the_chunked_loss_on_a_gpu():
     logits = hidden @ weight.t()
     theirs = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), leaves)
     near(ours, theirs, 1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_optimiser_on_a_gpu_is_fused_and_the_same(dtype):
+    found = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"matrix": (40, 30), "vector": (30,)}
+        drawn = {n: torch.randn(shape, generator=generator).to(device, dtype) for n, shape in shapes.items()}
+        parameters = {n: torch.nn.Parameter(t) for n, t in drawn.items()}
+        optimiser = MasterAdamW(parameters, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, one_pass=False)
+        assert all(group["fused"] for group in optimiser.adamw.param_groups)
+        assert {m.device.type for m in optimiser.masters.values()} == {device}
+        for _ in range(3):
+            sum((p.float() * torch.arange(30, device=device)).sum() for p in parameters.values()).backward()
+            optimiser.clip(1.0)
+            optimiser.step(1e-2)
+        found.append(list(optimiser.weights().values()))
+    near(*found, 1e-5)
