@@ -22,7 +22,13 @@ Outcome = dict[str, Any]
 
 
 def run_child(
-    module: str, function: str, settings: Settings, scratch: str | Path, python: str = sys.executable
+    module: str,
+    function: str,
+    settings: Settings,
+    scratch: str | Path,
+    python: str = sys.executable,
+    *,
+    gpu: bool = False,
 ) -> Outcome:
     """Call ``module.function(settings)`` in a fresh process and return what it returned.
 
@@ -32,6 +38,7 @@ def run_child(
         settings: also ``threads``, the child's OMP_NUM_THREADS.
         scratch: a folder for what parent and child tell each other.
         python: the interpreter; a peer's own, for a peer in its own environment.
+        gpu: whether the child sees this machine's GPUs.
 
     Returns:
         the result, and ``others_share``: the share of all processor time that other programs took meanwhile.
@@ -41,9 +48,10 @@ def run_child(
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(settings["threads"]),
-        "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if python != sys.executable:
         # Another environment's packages are its own.
         environment.pop("PYTHONPATH", None)

@@ -51,7 +51,7 @@ def _default(field: Any) -> str:
 def _type(annotation: Any, metadata: list[Any]) -> str:
     if isinstance(annotation, type) and issubclass(annotation, recipe.Section):
         return "section"
-    choices = [a for a in get_args(annotation) if isinstance(a, str)]
+    choices = [a if isinstance(a, str) else json.dumps(a) for a in get_args(annotation) if isinstance(a, str | bool)]
     if choices:
         return " \\| ".join(f"`{c}`" for c in choices)
     if any(isinstance(a, type) and issubclass(a, recipe.Section) for a in get_args(annotation)):

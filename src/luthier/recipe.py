@@ -183,8 +183,10 @@ class TrainingSection(Section):
     """AdamW's denominator offset."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0: never."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a third slower, far less memory."""
+    gradient_checkpointing: Literal[False, True, "mlp"] = False
+    """Recompute in the backward pass instead of keeping: true: whole layers, a third slower, far less memory; mlp: the
+    inner values of each layer's MLP alone, the widest ones, for half of that time; whole layers where they aren't
+    fused."""
     share_prefix: Literal["auto", "never"] = "auto"
     """Rows of a batch that begin with the same tokens (system text, tools, few-shot examples) compute them once, with
     the same gradients; auto: where at least 16 tokens are shared. Rows then share one dropout mask there."""

@@ -108,8 +108,9 @@ def test_fused_is_the_models_own(family, method):
     assert len(expected) > 20
     same(step(model, fused, pack(examples)), expected)
     same(step(model, fused, pack(examples, share=True)), expected)
-    fused.recompute_activations()
-    same(step(model, fused, pack(examples, share=True)), expected)
+    for what in ("mlp", True):
+        assert not fused.recompute_activations(what)
+        same(step(model, fused, pack(examples, share=True)), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
@@ -237,10 +238,11 @@ def test_dropout_is_the_same_forward_and_backward():
             parameter += 1e-3 * direction
         assert slope == pytest.approx((above - below) / 2e-3, rel=0.05, abs=2e-3), name
     gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    function.recompute_activations()
-    loss().backward()
-    same({n: p.grad for n, p in named.items() if p.grad is not None}, gradients, 1e-5)
+    for what in ("mlp", True):
+        model.zero_grad(set_to_none=True)
+        function.recompute_activations(what)
+        loss().backward()
+        same({n: p.grad for n, p in named.items() if p.grad is not None}, gradients, 1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -316,13 +318,12 @@ def test_what_layers_keep_is_what_is_predicted(family, method):
     function = LossFunction(model, ops=reference)
     assert function.fused is not None, function.fused_reason
     batch = pack(rows())
-    whole, entry = function.fused.kept_bytes()
-    kept = bytes_kept(function(batch))
-    assert len(kept) == SMALL["num_hidden_layers"]
-    # The last layer computes the trained positions alone.
-    assert sorted(kept)[1:] == [batch.computed * whole] * (len(kept) - 1)
-    function.recompute_activations()
-    assert bytes_kept(function(batch)) == [batch.computed * entry] * len(kept)
+    for recompute in (False, "mlp", True):
+        function.recompute_activations(recompute)
+        kept = bytes_kept(function(batch))
+        assert len(kept) == SMALL["num_hidden_layers"]
+        # The last layer keeps what follows its attention at the trained positions alone.
+        assert sorted(kept)[1:] == [batch.computed * function.fused.kept_bytes(recompute)] * (len(kept) - 1)
 
 
 def bytes_kept(loss: torch.Tensor) -> list[int]:

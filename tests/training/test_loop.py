@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import pytest
 import torch
 
 from luthier.errors import UserError
 from luthier.training.fused import kernels
+from luthier.training.input import StepInput
 from luthier.training.loop import Interrupted
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
+from luthier.training.progress import Silent
 
 
 def snapshot(trainer):
@@ -20,6 +23,16 @@ def snapshot(trainer):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Said(Silent):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
 
 
 def losses(folder):
@@ -72,9 +85,15 @@ def test_padded_trains_as_packed(bench, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_gradient_checkpointing_changes_nothing(bench, tmp_path, method):
+@pytest.mark.parametrize("kept", [True, "mlp"])
+def test_gradient_checkpointing_changes_nothing(bench, tmp_path, method, kept):
     plain = bench.trainer(tmp_path / "plain", bench.recipe(method, max_steps=3))
-    leaner = bench.trainer(tmp_path / "leaner", bench.recipe(method, max_steps=3, gradient_checkpointing=True))
+    said = Said()
+    recipe = bench.recipe(method, max_steps=3, gradient_checkpointing=kept)
+    leaner = bench.trainer(tmp_path / "leaner", recipe, reporter=said)
+    # The tiny model's layers are not fused: whole layers are recomputed, and the run says so.
+    assert leaner.loss_function.fused is None
+    assert len(said.lines) == (kept == "mlp") and all("whole layers" in line for line in said.lines)
     assert plain.run().last_loss == pytest.approx(leaner.run().last_loss, rel=1e-6)
     for name, value in plain.optimiser.weights().items():
         torch.testing.assert_close(leaner.optimiser.weights()[name], value, rtol=1e-4, atol=1e-6)
@@ -87,6 +106,79 @@ def test_every_row_is_seen_once_an_epoch(bench, tmp_path):
     epoch = sum(len(r) for r in trainer.train_rows)
     assert len(steps) == 12 and sum(r["tokens"] for r in steps) == 2 * epoch
     assert sum(r["tokens"] for r in steps[:6]) == epoch
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_batches_made_ahead_train_alike(bench, tmp_path, stop):
+    """Rows, their order and random numbers (dropout) are the same, over epochs and after an interruption."""
+    recipe = bench.recipe("lora", max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
+    assert recipe.method.lora_dropout > 0
+    plain = bench.trainer(tmp_path / "plain", recipe, rows=22)
+    ahead = bench.trainer(tmp_path / "ahead", recipe, rows=22)
+    ahead.input = made_ahead(ahead)
+    plain.run()
+    if stop is not None:
+        one_step = ahead._step
+
+        def until():
+            if ahead.state.step == stop:
+                ahead._received = 15
+            return one_step()
+
+        ahead._step = until
+        with pytest.raises(Interrupted):
+            ahead.run()
+        ahead = bench.trainer(tmp_path / "ahead", recipe, rows=22)
+        ahead.input = made_ahead(ahead)
+    ahead.run(resume=stop is not None)
+    assert losses(tmp_path / "plain") == losses(tmp_path / "ahead")
+    same(snapshot(plain), snapshot(ahead))
+
+
+def made_ahead(trainer):
+    """As on a GPU, but for page-locked memory."""
+    return StepInput(
+        trainer.loss_function.batch,
+        trainer.train_rows,
+        trainer.order,
+        0,
+        steps=trainer.plan.steps,
+        ahead=True,
+        pin=False,
+    )
+
+
+def test_batches_are_made_in_a_thread_one_step_ahead(bench, tmp_path):
+    trainer = bench.trainer(tmp_path, bench.recipe("lora", max_steps=3))
+    makers = []
+
+    def make(examples):
+        makers.append(threading.current_thread().name)
+        return trainer.loss_function.batch(examples)
+
+    source = StepInput(make, trainer.train_rows, trainer.order, 0, steps=3, ahead=True, pin=False)
+    for step in range(3):
+        (batch,) = source.take(step)
+        expected = trainer.loss_function.batch([trainer.train_rows[i] for i in trainer.order.step(step)[0]])
+        assert torch.equal(batch.input_ids, expected.input_ids)
+    source.close()
+    assert [name.startswith("batches") for name in makers] == [False, True, True]
+
+
+def test_a_batch_that_cannot_be_made_ahead_stops_the_run(bench, tmp_path):
+    trainer = bench.trainer(tmp_path, bench.recipe("lora", max_steps=4))
+    make, count = trainer.loss_function.batch, []
+
+    def fail_later(examples):
+        count.append(1)
+        if len(count) == 3:
+            raise RuntimeError("this row is broken")
+        return make(examples)
+
+    trainer.input = StepInput(fail_later, trainer.train_rows, trainer.order, 0, steps=4, ahead=True, pin=False)
+    with pytest.raises(RuntimeError, match="this row is broken"):
+        trainer.run()
+    assert trainer.state.step == 2
 
 
 # --- repeatable ---

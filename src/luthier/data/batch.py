@@ -28,7 +28,7 @@ class Batch:
     """the same shape; restarts at 0 for each example"""
     segments: torch.Tensor
     """``[S, 4] int32``: where each run of tokens begins and ends in the packed row, where the prefix that it shares
-    begins, and the length of that (0: it shares none)"""
+    begins, and the length of that (0: it shares none); on the CPU, wherever the batch is"""
     kept: torch.Tensor
     """``[K] int64``: flat positions whose next token is trained, in the examples' order"""
     targets: torch.Tensor
@@ -67,15 +67,26 @@ class Batch:
         return int((self.segments[:, 1] - self.segments[:, 0]).max())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device. What lays it out stays here, where reading it waits for nothing."""
         mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
-            segments=self.segments.to(device, non_blocking=True),
             kept=self.kept.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
+            attention_mask=mask,
+        )
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from where copies to a GPU need not be waited for."""
+        mask = None if self.attention_mask is None else self.attention_mask.pin_memory()
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            position_ids=self.position_ids.pin_memory(),
+            kept=self.kept.pin_memory(),
+            targets=self.targets.pin_memory(),
             attention_mask=mask,
         )
 

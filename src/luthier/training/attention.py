@@ -3,7 +3,8 @@
 On a CPU, plain matrix products per example with the query heads of a group folded into rows are faster than
 scaled-dot-product attention for examples of some hundreds of tokens: one large product a key head, no repeated keys.
 Long examples, and other devices, take transformers' own scaled-dot-product attention per example, whose memory does
-not grow with the square of the length.
+not grow with the square of the length. On a GPU, bfloat16 and float16 take variable-length flash attention
+(`fused/varlen.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from luthier.training.fused import varlen
 
 NAME = "luthier"
 
@@ -79,8 +82,7 @@ def packed_attention(
         sliding_window: how many tokens back, itself included, a token sees; None: all.
         softcap: scores become ``softcap · tanh(scores / softcap)`` (Gemma 2).
         cu_seq_lens_q: ``[B + 1] int32`` borders of the examples; None: the row is one example.
-        segments: ``[S, 4] int32`` of :class:`~luthier.data.batch.Batch`, where examples share prefixes; they take
-            the place of the borders.
+        segments: ``[S, 4] int32`` of :class:`~luthier.data.batch.Batch`, which take the place of the borders.
 
     Returns:
         ``[1, N, H, d]`` and no weights.
@@ -96,10 +98,15 @@ def packed_attention(
     if _recorded is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         _recorded[module] = AttentionCall(scale, sliding_window, softcap)
-    if segments is not None:
-        return _shared(query[0], key[0], value[0], segments, scaling, dropout, sliding_window, softcap), None
-    borders = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not dropout and softcap is None and (variable := _variable_length(query)) is not None:
+        if segments is None:
+            segments = _segments([0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist())
+        tokens = (t[0].transpose(0, 1) for t in (query, key, value))
+        return _WithinSegments.apply(*tokens, variable, segments, scale, sliding_window)[None], None
+    if segments is not None and segments[:, 3].any():
+        return _shared(query[0], key[0], value[0], segments, scale, dropout, sliding_window, softcap), None
+    borders = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     lengths = [end - begin for begin, end in itertools.pairwise(borders)]
     if sliding_window is not None and sliding_window >= max(lengths):
         sliding_window = None
@@ -120,12 +127,58 @@ def packed_attention(
     return torch.cat(outputs)[None], None
 
 
+# Values a head that flash attention takes at the most.
+_WIDEST_HEAD = 256
+
+
+def _variable_length(query: torch.Tensor) -> Any:
+    """Variable-length attention where the device has it for this tensor; else None."""
+    d = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.device.type != "cuda" or not half or d > _WIDEST_HEAD or d % 8:
+        return None
+    choice = varlen.choose(query.device, query.dtype)
+    return None if choice.plain else choice.attention
+
+
+def _segments(borders: list[int]) -> torch.Tensor:
+    """Segments that share nothing."""
+    return torch.tensor([(begin, end, 0, 0) for begin, end in itertools.pairwise(borders)], dtype=torch.int32)
+
+
+class _WithinSegments(torch.autograd.Function):
+    """Attention with the signatures of `fused/reference.py` for autograd: ``[N, H, d]`` each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ops: Any,
+        segments: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        out, lse = ops.attention(q, k, v, segments, scale=scale, window=window)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = (ops, segments, scale, window)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        ops, segments, scale, window = ctx.call
+        dq, dk, dv = ops.attention_backward(grad.contiguous(), *ctx.saved_tensors, segments, scale=scale, window=window)
+        return dq, dk, dv, None, None, None, None
+
+
 def _shared(
     q: torch.Tensor,  # [H, N, d]
     k: torch.Tensor,  # [Hkv, N, d]
     v: torch.Tensor,
     segments: torch.Tensor,
-    scaling: float | None,
+    scale: float,
     dropout: float,
     window: int | None,
     softcap: float | None,
@@ -133,7 +186,6 @@ def _shared(
     """Segments whose keys are a shared prefix and their own tokens: ``[1, N, H, d]``."""
     from torch.nn.attention.bias import causal_lower_right
 
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for begin, end, prefix, shared in segments.tolist():
         own = q[:, begin:end]

@@ -24,6 +24,7 @@ from luthier.recipe import Recipe
 from luthier.training.allocator import keep_freed_memory
 from luthier.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from luthier.training.division import Replicas, Shards
+from luthier.training.input import StepInput
 from luthier.training.loss import LossFunction
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
 from luthier.training.plan import Plan
@@ -128,6 +129,16 @@ class Trainer:
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,
         )
+        on_gpu = accelerator.device.type == "cuda"
+        self.input = StepInput(
+            loss_function.batch,
+            train_rows,
+            self.order,
+            accelerator.process_index,
+            steps=self.plan.steps,
+            ahead=on_gpu,
+            pin=on_gpu,
+        )
         self.optimiser: Any = (
             shards
             if isinstance(shards, Zero)
@@ -153,8 +164,10 @@ class Trainer:
         self._received: int | None = None
         self._signal: int | None = None
         self._log: MetricsLog | None = None
-        if settings.gradient_checkpointing:
-            loss_function.recompute_activations()
+        if instead := loss_function.recompute_activations(settings.gradient_checkpointing):
+            self.reporter.say(
+                f"[yellow]training.gradient_checkpointing={settings.gradient_checkpointing}:[/yellow] {instead}"
+            )
 
     def run(self, *, resume: bool = False) -> Outcome:
         """Train to the end, or go on from the newest whole checkpoint.
@@ -197,6 +210,7 @@ class Trainer:
             self._take_best()
         finally:
             self.reporter.stop()
+            self.input.close()
             restore()
             self.optimiser.close()
             if self._log is not None:
@@ -212,8 +226,7 @@ class Trainer:
         step = self.state.step
         self.model.train()
         self._seed(step)
-        micro = self.order.step(step, self.accelerator.process_index)
-        batches = [self.loss_function.batch([self.train_rows[i] for i in indices]) for indices in micro]
+        batches = self.input.take(step)
         # One count for the whole step, over all forward passes and processes: each trained token weighs the same.
         trained, tokens, computed = self._sum(
             [sum(getattr(b, key) for b in batches) for key in ("trained_tokens", "tokens", "computed")]

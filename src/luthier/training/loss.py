@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from luthier.data.batch import Batch, pack, pad
 from luthier.data.encode import EncodedExample
 from luthier.training import attention
-from luthier.training.fused import kernels, reference
+from luthier.training.fused import cuda, kernels, reference, varlen
 from luthier.training.fused.decoder import FusedDecoder, NotFused
+from luthier.training.fused.layer import Recompute
 
 # Bytes of logits that exist at one time, in the model's precision. On a CPU they stay below the size that the
 # allocator maps anew (see allocator), except where the head itself is trained: its gradient is added up in float32
 # once a chunk, a pass over the whole vocabulary that few large chunks make cheap.
 CHUNK_BYTES = 30 << 20
 CHUNK_BYTES_TRAINED_HEAD = 96 << 20
+# On a GPU, that a chunk's products take longer than reading the head: 1,000 rows of 128,000 tokens.
+CHUNK_BYTES_GPU = 256 << 20
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -76,13 +79,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _ops_for(hidden: torch.Tensor) -> Any:
     """The compiled kernels where they fit the tensor, else their plain reference."""
+    if hidden.device.type == "cuda":
+        return cuda.formulas()
     compiled = kernels.load() if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 else None
     return reference if compiled is None else compiled
 
 
+def _ops_of_layers(parameters: list[torch.nn.Parameter]) -> Any:
+    """The kernels of fused layers for a model's device and precision.
+
+    Raises:
+        NotFused: there are none.
+    """
+    kinds = {(p.device.type, p.dtype) for p in parameters}
+    if kinds in ({("cuda", torch.bfloat16)}, {("cuda", torch.float16)}):
+        choice = varlen.choose(parameters[0].device, parameters[0].dtype)
+        if choice.plain:
+            raise NotFused(choice.reason)
+        return cuda.load(parameters[0].device, parameters[0].dtype)
+    if kinds != {("cpu", torch.bfloat16)}:
+        names = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        raise NotFused(f"the kernels are for weights in bfloat16, or on a GPU in float16; here are {names}")
+    compiled = kernels.load()
+    if compiled is None:
+        raise NotFused(kernels.why_not())
+    return compiled
+
+
 def chunk_rows(weight: torch.Tensor, trained: bool = False) -> int:
     """Positions whose logits ``[chunk, V]`` exist at one time."""
-    limit = CHUNK_BYTES_TRAINED_HEAD if trained or weight.device.type != "cpu" else CHUNK_BYTES
+    limit = CHUNK_BYTES_TRAINED_HEAD if trained else CHUNK_BYTES
+    if weight.device.type != "cpu":
+        limit = CHUNK_BYTES_GPU
     rows = limit // (len(weight) * weight.element_size())
     # Every chunk reads the whole head: fewer rows than this, and reading it takes longer than the products.
     return max(128, rows // 32 * 32)
@@ -160,14 +188,25 @@ class LossFunction:
         """The examples as one batch of the form this model takes."""
         return pack(examples, share=self.share_prefix) if self.packed else pad(examples, self.pad_token_id)
 
-    def recompute_activations(self) -> None:
-        """Keep the inputs of layers alone and compute the rest again in the backward pass."""
+    def recompute_activations(self, what: Recompute = True) -> str:
+        """Keep less for the backward pass and compute it again there.
+
+        Args:
+            what: True: all but the inputs of layers; "mlp": the inner values of each layer's MLP.
+
+        Returns:
+            in words for the user, what is done instead, where layers run that cannot do what was asked; else empty.
+        """
         if self.fused is not None:
-            self.fused.recompute = True
-        else:
-            self.model.activation_checkpointing_enable(  # type: ignore[operator]
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            self.fused.recompute = what
+            return ""
+        if not what:
+            return ""
+        self.model.activation_checkpointing_enable(  # type: ignore[operator]
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+        # Whole layers need less memory than was asked for, never more.
+        return "" if what is True else f"whole layers are recomputed, not their MLPs alone: {self.fused_reason}"
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Sum of the cross-entropies of the batch's targets, float32 scalar. Divide by the step's trained tokens."""
@@ -198,12 +237,14 @@ class LossFunction:
         if not batch.packed:
             return inputs | {"attention_mask": batch.attention_mask}
         inputs["position_ids"] = batch.position_ids
+        inputs["segments"] = batch.segments
         if batch.shares:
-            return inputs | {"segments": batch.segments}
+            return inputs
+        borders = batch.cu_seqlens.to(batch.input_ids.device, non_blocking=True)
         return inputs | {
-            # The names that transformers' variable-length flash attention reads, so that it fits as well.
-            "cu_seq_lens_q": batch.cu_seqlens,
-            "cu_seq_lens_k": batch.cu_seqlens,
+            # The names that transformers' own layers read, where they look across tokens without attention.
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
             "max_length_q": batch.longest,
             "max_length_k": batch.longest,
         }
@@ -238,14 +279,8 @@ class LossFunction:
         if not (self.packed and self.head):
             raise NotFused(self.reason or "its logits are no plain linear head of its last hidden states")
         parameters = list(self.model.parameters())
-        if ops is None:
-            if any(p.device.type != "cpu" or p.dtype != torch.bfloat16 for p in parameters):
-                raise NotFused("the kernels are for bfloat16 on a CPU")
-            ops = kernels.load()
-            if ops is None:
-                raise NotFused(kernels.why_not())
-        rows = _probe_rows(self.model)
-        batch = pack(rows)
+        ops = _ops_of_layers(parameters) if ops is None else ops
+        batch = pack(_probe_rows(self.model)).to(parameters[0].device)
         # Far along as well, where a scale that depends on the position would show.
         far = replace(batch, position_ids=batch.position_ids + _context(self.model) // 2)
         with attention.recording() as calls:

@@ -22,6 +22,7 @@ from luthier.training.fused.layer import (
     Norm,
     Norms,
     Projection,
+    Recompute,
     Tensors,
     kept_bytes,
 )
@@ -37,7 +38,7 @@ class FusedDecoder:
     Args:
         body: the decoder without its head (transformers' ``LlamaModel`` and its kin), LoRA layers in place or not.
         calls: what each of its attention modules asked for, from ``attention.recording``.
-        ops: `kernels.Kernels`, or the module `reference`.
+        ops: `kernels.Kernels`, `cuda.Cuda`, or the module `reference`.
 
     Raises:
         NotFused: the structure is another.
@@ -47,7 +48,7 @@ class FusedDecoder:
         _require(_children(body) == {"embed_tokens", "layers", "norm", "rotary_emb"}, "the decoder has other parts")
         self.body = body
         self.ops = ops
-        self.recompute = False
+        self.recompute: Recompute = False
         for layer in body.layers:
             _check_layer(layer, calls)
         self.calls = calls
@@ -61,7 +62,8 @@ class FusedDecoder:
         x = body.embed_tokens(batch.input_ids)
         cosine, sine = (t[0].float().contiguous() for t in body.rotary_emb(x, position_ids=batch.position_ids))
         x = x[0].contiguous()
-        rows, back = torch.unique(batch.kept, return_inverse=True)
+        # Only where examples share tokens may a position be kept twice; looking for it makes a GPU wait.
+        rows, back = torch.unique(batch.kept, return_inverse=True) if batch.shares else (batch.kept, None)
         training = body.training
         seeds = torch.randint(2**32, (len(body.layers), 4)).tolist() if training else None
         for number, layer in enumerate(body.layers):
@@ -73,13 +75,12 @@ class FusedDecoder:
                 call.rows = rows
             x = Layer.apply(x, plan, call, *tensors.flat())
         hidden: torch.Tensor = Norm.apply(x, body.norm.weight, _norm_eps(body.norm), self.ops)
-        return hidden if len(rows) == len(batch.kept) and torch.equal(batch.kept, rows) else hidden[back]
+        return hidden if back is None else hidden[back]
 
-    def kept_bytes(self) -> tuple[int, int]:
-        """Bytes a token that a layer keeps for its backward pass, and those of its input alone; the largest layer's."""
-        layers = [self._layer(layer, window) for layer, window in zip(self.body.layers, self.windows, strict=True)]
-        weight = layers[0][1].projections[0].weight
-        return max(kept_bytes(*layer) for layer in layers), weight.shape[1] * weight.element_size()
+    def kept_bytes(self, recompute: Recompute) -> int:
+        """Bytes a token that the largest layer keeps for its backward pass."""
+        layers = (self._layer(layer, window) for layer, window in zip(self.body.layers, self.windows, strict=True))
+        return max(kept_bytes(*layer, recompute) for layer in layers)
 
     def _layer(self, layer: Any, window: int | None) -> tuple[LayerPlan, Tensors]:
         attention = layer.self_attn

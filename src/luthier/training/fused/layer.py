@@ -6,16 +6,20 @@
 
 A projection is ``y = h Wᵀ + bias + s · (dropout(h) Aᵀ) Bᵀ``, with A and B where it has a LoRA. The low-rank products of
 projections that read the same h share one product with A. Kept for the backward pass are what matrix products made;
-norms, rotations, dropout and SwiGLU are computed again, and nothing is kept where ``recompute`` is set but x.
+norms, rotations, dropout and SwiGLU are computed again. ``recompute`` chooses to keep less: "mlp" lets go of gate and
+up, the widest values, and True of all but x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+Recompute = Literal[False, True, "mlp"]
+"""What the backward pass computes again beside the cheap: nothing, the whole layer, gate and up."""
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -66,18 +70,18 @@ class Call:
     """What one forward pass brings to a layer."""
 
     ops: Any
-    """`kernels.Kernels`, or the module `reference`"""
+    """`kernels.Kernels`, `cuda.Cuda`, or the module `reference`"""
     segments: torch.Tensor
-    """``[S, 4] int32``, see `reference.Segments`"""
+    """``[S, 4] int32`` on the CPU, see `reference.Segments`"""
     cosine: torch.Tensor
     """``[N, d] float32``; sine the same"""
     sine: torch.Tensor
     seeds: tuple[int, ...] = (0, 0, 0, 0)
     """of the dropout before q k v, o, gate up, down"""
     training: bool = False
-    recompute: bool = False
+    recompute: Recompute = False
     rows: torch.Tensor | None = None
-    """Positions whose output is wanted, sorted; None: all. The last layer need not compute the others."""
+    """Positions whose output is wanted, each once; None: all. The last layer need not compute the others."""
 
 
 class Tensors(NamedTuple):
@@ -119,6 +123,16 @@ class _Group:
         """x under the group's dropout; the same mask for the same seed."""
         return self.ops.dropout(x, self.seed, self.keep) if self.keep < 1 else x
 
+    def low(self, x: torch.Tensor) -> Any:
+        """The low-rank values ``[N, R]``, scaled; None where no projection has a LoRA."""
+        if self.a is None:
+            return None
+        low = self.dropped(x) @ self.a.t()
+        for _, scale, piece in self._with_pieces(low):
+            if piece is not None:
+                piece.mul_(scale)
+        return low
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[list[torch.Tensor], Any]:
         """Each projection of x, ``residual`` added; and the low-rank values ``[N, R]``, scaled.
 
@@ -126,12 +140,12 @@ class _Group:
         bfloat16. The other way round, it would be added to values that lie on bfloat16's grid already, and whatever
         is less than half a step of it would vanish: early in training that is most of what a LoRA does.
         """
-        low = self.dropped(x) @ self.a.t() if self.a is not None else None
+        low = self.low(x)
         outputs = []
-        for projection, scale, piece in self._with_pieces(low):
+        for projection, _, piece in self._with_pieces(low):
             weight, b = projection.weight.t(), projection.b
             if b is not None:
-                y = piece.mul_(scale) @ b.t()
+                y = piece @ b.t()
                 if projection.bias is not None:
                     y += projection.bias
                 y.addmm_(x, weight)
@@ -202,21 +216,26 @@ class _Kept:
     lse: torch.Tensor
     x1: torch.Tensor
     inverse2: torch.Tensor
-    gate: torch.Tensor
-    up: torch.Tensor
+    gate_up: tuple[torch.Tensor, torch.Tensor] | None
+    """None: made again from x1"""
     lows: tuple[Any, Any, Any, Any]
 
 
-def kept_bytes(plan: LayerPlan, tensors: Tensors) -> int:
+def kept_bytes(plan: LayerPlan, tensors: Tensors, recompute: Recompute) -> int:
     """Bytes a token that the input of a layer and its :class:`_Kept` hold."""
+    size = tensors.projections[0].weight.element_size()
+    if recompute is True:
+        return tensors.projections[0].weight.shape[1] * size
     q, k, v, o, gate, up, _ = (len(p.weight) for p in tensors.projections)
     ranks = sum(len(p.a) for p in tensors.projections if p.a is not None)
-    values = 2 * o + 2 * q + k + v + gate + up + ranks
+    values = 2 * o + 2 * q + k + v + ranks
+    if not recompute:
+        values += gate + up
     floats = 2 + plan.heads  # of float32: the norms' factors and attention's log-sum-exp
     if tensors.norms.query is not None:
         values += q + k
         floats += plan.heads + plan.kv_heads
-    return values * tensors.projections[0].weight.element_size() + floats * torch.float32.itemsize
+    return values * size + floats * torch.float32.itemsize
 
 
 class Layer(torch.autograd.Function):
@@ -227,16 +246,19 @@ class Layer(torch.autograd.Function):
         tensors = Tensors.of(flat)
         needed = any(ctx.needs_input_grad)
         x2, kept = _forward(plan, call, tensors, x)
+        assert x2 is not None
         ctx.save_for_backward(x, *flat)
         ctx.plan, ctx.call = plan, call
-        ctx.kept = None if call.recompute or not needed else kept
+        if call.recompute == "mlp":
+            kept.gate_up = None
+        ctx.kept = None if call.recompute is True or not needed else kept
         return x2
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, *flat = ctx.saved_tensors
         plan, call, tensors = ctx.plan, ctx.call, Tensors.of(flat)
-        kept = ctx.kept if ctx.kept is not None else _forward(plan, call, tensors, x)[1]
+        kept = ctx.kept if ctx.kept is not None else _forward(plan, call, tensors, x, again=True)[1]
         ctx.kept = None
         wants = Tensors.of(ctx.needs_input_grad[3:])
         dx, grads = _backward(plan, call, tensors, wants, x, kept, grad.contiguous(), ctx.needs_input_grad[0])
@@ -249,7 +271,10 @@ def _groups(plan: LayerPlan, tensors: Tensors, call: Call) -> tuple[_Group, _Gro
     return first, second, third, fourth
 
 
-def _forward(plan: LayerPlan, call: Call, tensors: Tensors, x: torch.Tensor) -> tuple[torch.Tensor, _Kept]:
+def _forward(
+    plan: LayerPlan, call: Call, tensors: Tensors, x: torch.Tensor, *, again: bool = False
+) -> tuple[torch.Tensor | None, _Kept]:
+    """The layer's output and what its backward pass reads; ``again``: the latter alone, with no output."""
     ops, norms = call.ops, tensors.norms
     into_attention, out_of_attention, into_mlp, out_of_mlp = _groups(plan, tensors, call)
     h, inverse1 = ops.rms_norm(x, norms.first, plan.eps[0])
@@ -268,8 +293,12 @@ def _forward(plan: LayerPlan, call: Call, tensors: Tensors, x: torch.Tensor) -> 
     (x1,), low2 = out_of_attention.forward(mixed, residual)
     h2, inverse2 = ops.rms_norm(x1, norms.second, plan.eps[1])
     (gate, up), low3 = into_mlp.forward(h2)
-    (x2,), low4 = out_of_mlp.forward(ops.swiglu(gate, up), x1)
-    kept = _Kept(inverse1, raw, inverses, q, k, v, out, lse, x1, inverse2, gate, up, (low1, low2, low3, low4))
+    mixed, x2 = ops.swiglu(gate, up), None
+    if again:
+        low4 = out_of_mlp.low(mixed)
+    else:
+        (x2,), low4 = out_of_mlp.forward(mixed, x1)
+    kept = _Kept(inverse1, raw, inverses, q, k, v, out, lse, x1, inverse2, (gate, up), (low1, low2, low3, low4))
     return x2, kept
 
 
@@ -290,11 +319,11 @@ def _backward(
 
     # The MLP. `mixed` is silu(gate) · up from here on, gate and up are their gradients.
     mixed, dlow = out_of_mlp.backward_input([grad])
-    gate, up = kept.gate, kept.up
+    h2, _ = ops.rms_norm(kept.x1, norms.second, plan.eps[1])
+    gate, up = kept.gate_up if kept.gate_up is not None else into_mlp.forward(h2)[0]
     ops.swiglu_backward_(mixed, gate, up)
     down_grads = out_of_mlp.backward_weights(mixed, [grad], low4, dlow, want[6:])
     dh, dlow = into_mlp.backward_input([gate, up])
-    h2, _ = ops.rms_norm(kept.x1, norms.second, plan.eps[1])
     mlp_grads = into_mlp.backward_weights(h2, [gate, up], low3, dlow, want[4:6])
     grad1, second = ops.rms_norm_backward(
         dh, kept.x1, norms.second, kept.inverse2, grad, wants_weight=bool(wants.norms.second)

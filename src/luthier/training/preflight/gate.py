@@ -11,7 +11,7 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import Recipe
-from luthier.training.fused import kernels
+from luthier.training.fused import cuda, kernels
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight import model_checks as checks
@@ -59,6 +59,11 @@ def preflight(
         "fused": loss_function.fused is not None,
         "fused_reason": loss_function.fused_reason,
     }
+    dtype = next(model.parameters()).dtype
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        facts |= (used := cuda.facts(device, dtype))
+        remedy = "slower, the same loss; install what is missing"
+        findings += [Finding("no_kernels", "info", what, remedy) for what in used.values() if what.startswith("plain")]
     if device.type == "cpu" and not kernels.load() and kernels.compilable():
         findings.append(
             Finding(

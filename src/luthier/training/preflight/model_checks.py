@@ -16,6 +16,7 @@ from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import LoraMethod, Recipe
+from luthier.training.fused.layer import Recompute
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight.findings import Finding
@@ -64,8 +65,10 @@ def predict(
     spread = float(lengths.mean() * batch + 4 * lengths.std() * math.sqrt(batch))
     tokens = min(int(lengths[:batch].sum()), int(spread) + 1)
     layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
-    whole, entry = _kept_a_layer(recipe, model, loss_function)
-    kept = whole + layers * entry if recipe.training.gradient_checkpointing else layers * whole
+    recompute = recipe.training.gradient_checkpointing
+    kept = layers * _kept_a_layer(recipe, model, loss_function, recompute)
+    if recompute:  # a layer holds everything while its backward pass runs
+        kept += _kept_a_layer(recipe, model, loss_function, False)
     checkpoint = trained * 12
     copied = checkpoint if checkpoint <= COPIED else 0
     saved = every * size if not isinstance(recipe.method, LoraMethod) else trained * size
@@ -78,19 +81,21 @@ def predict(
     )
 
 
-def _kept_a_layer(recipe: Recipe, model: torch.nn.Module, loss_function: LossFunction) -> tuple[int, int]:
-    """Bytes a token that a layer keeps for the backward pass, and those of its input alone."""
+def _kept_a_layer(recipe: Recipe, model: torch.nn.Module, loss_function: LossFunction, recompute: Recompute) -> int:
+    """Bytes a token that a layer keeps for the backward pass."""
     if loss_function.fused is not None:
-        return loss_function.fused.kept_bytes()
+        return loss_function.fused.kept_bytes(recompute)
     size = next(model.parameters()).element_size()
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     hidden = int(config.hidden_size)
+    if recompute:  # whole layers, whatever was asked for
+        return hidden * size
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     values = 8 * hidden + 4 * inner
     if isinstance(recipe.method, LoraMethod):
         # The adapters' own inputs after dropout, seven places a layer.
         values += (5 * hidden + 2 * inner if recipe.method.lora_dropout else 0) + 14 * recipe.method.r
-    return values * size, hidden * size
+    return values * size
 
 
 def check_room(needs: Needs, run_dir: Path, device: torch.device, sharers: int = 1) -> Iterator[Finding]:
