@@ -9,6 +9,7 @@ from test_fused import FAMILIES, rows, same, step, tiny, wrapped
 from luthier.data.batch import pack
 from luthier.training import attention
 from luthier.training.fused import cuda, reference, varlen
+from luthier.training.fused.flash import Runs, TorchFlash
 from luthier.training.loss import LossFunction, linear_cross_entropy
 from luthier.training.optimiser import MasterAdamW
 
@@ -127,8 +128,8 @@ def test_flex_attentions_mask_is_the_references(segments, window):
 
 def test_pytorchs_flash_attention_takes_what_it_is_given():
     """On tensors without values: arguments, shapes and types, both ways."""
-    flash, meta = varlen.TorchFlash(), torch.device("meta")
-    runs = varlen.Runs.of([3, 4], [5, 6], meta)
+    flash, meta = TorchFlash(), torch.device("meta")
+    runs = Runs.of([3, 4], [5, 6], meta)
     q, k = torch.empty(7, 4, 32, device=meta), torch.empty(11, 2, 32, device=meta)
     for causal, window in ((True, None), (True, 5), (False, None)):
         out, lse = flash.forward(q, k, k, runs, scale=0.1, causal=causal, window=window)

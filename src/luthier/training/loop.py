@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from luthier.training.progress import Reporter, Silent
 from luthier.training.runlog import MetricsLog
 from luthier.training.saver import Saver
 from luthier.training.sharded_checkpoint import ShardedCheckpoints
+from luthier.training.signals import STOPS, StopSignals
 from luthier.training.zero import GatheredCheckpoints, Zero
 
 if TYPE_CHECKING:
@@ -51,9 +50,6 @@ _FREE = {
     "gradient_accumulation_steps",
     "sharding",
 }
-
-
-_STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -161,7 +157,7 @@ class Trainer:
         )
         self.saver = Saver(self.checkpoints)
         self.state = TrainState(course=self._course())
-        self._received: int | None = None
+        self._stops = StopSignals(self.reporter.say)
         self._signal: int | None = None
         self._log: MetricsLog | None = None
         if instead := loss_function.recompute_activations(settings.gradient_checkpointing):
@@ -182,7 +178,7 @@ class Trainer:
             self._log = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=self.state.step if resume else None)
         stopped = "finished"
         first_eval, loss = None, math.nan
-        restore = self._catch_signals()
+        self._stops.catch()
         self.reporter.start(self.plan.steps, self.state.step)
         try:
             if self.state.step == 0 and self.validation_rows:
@@ -211,7 +207,7 @@ class Trainer:
         finally:
             self.reporter.stop()
             self.input.close()
-            restore()
+            self._stops.release()
             self.optimiser.close()
             if self._log is not None:
                 self._log.close()
@@ -421,8 +417,8 @@ class Trainer:
 
     def _agreed_signal(self) -> int | None:
         """The signal that any process has received: all stop after the same step."""
-        counts = self._sum([float(self._received == number) for number in _STOPS])
-        return next((number for number, count in zip(_STOPS, counts, strict=True) if count), None)
+        counts = self._sum([float(self._stops.received == number) for number in STOPS])
+        return next((number for number, count in zip(STOPS, counts, strict=True) if count), None)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Summed loss of a batch."""
@@ -444,25 +440,6 @@ class Trainer:
         """Random numbers of a step (dropout) follow from seed, step and process: resuming needs no saved state."""
         words = np.random.SeedSequence([self.recipe.seed, step, self.accelerator.process_index]).generate_state(2)
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
-
-    def _catch_signals(self) -> Any:
-        """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._received is not None:
-                raise KeyboardInterrupt
-            self._received = number
-            self.reporter.say("stopping after this step, with a checkpoint; once more to stop at once")
-
-        before = {s: signal.signal(s, handle) for s in _STOPS}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        return restore
 
 
 def rows_sha256(rows: Sequence[EncodedExample]) -> str:
