@@ -122,7 +122,7 @@ def test_batches_made_ahead_train_alike(bench, tmp_path, stop):
 
         def until():
             if ahead.state.step == stop:
-                ahead._received = 15
+                ahead._stops.received = 15
             return one_step()
 
         ahead._step = until
