@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
 
 from luthier.data.render import end_of_turn_ids
 from luthier.errors import UserError, shorten
@@ -165,6 +164,8 @@ def _one_by_one(model: Any, prompts: list[list[int]], limits: list[int], stops: 
 
     A recurrent state (Mamba, hybrids) has taken up the padding of its row, and rows cannot leave its cache.
     """
+    from transformers import GenerationConfig
+
     device = next(model.parameters()).device
     own, new = model.generation_config, []
     model.generation_config = GenerationConfig()  # generate() takes from it what its argument leaves open
