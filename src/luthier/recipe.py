@@ -65,9 +65,17 @@ class Columns(Section):
 
 class Source(Section):
     path: str
-    """The file: .json, .jsonl, .csv, .tsv or .parquet."""
+    """A file (.json, .jsonl, .csv, .tsv, .parquet, .xlsx; also .gz and .zst), a folder, a glob (data/*.jsonl), or
+    hub:OWNER/NAME for a Hugging Face data set."""
     columns: Columns | None = None
     """This file's own column mapping, where it differs from data.columns."""
+    weight: float | None = Field(None, gt=0)
+    """Share of this source among the training rows, relative to the other sources' weights; all of them have one, or
+    none."""
+    subset: str | None = None
+    """Configuration of a hub data set, or sheet of an Excel file."""
+    split: str = "train"
+    """Split of a hub data set."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +90,14 @@ class Split(Section):
     """Share of rows kept for validation where data.validation names no file."""
     test: float = Field(0.1, ge=0, lt=1)
     """Share of rows kept for the final evaluation where data.test names no file."""
+    strategy: Literal["random", "stratified", "time"] = "random"
+    """How rows are dealt: shuffled with the seed; shuffled so that each label keeps its share in every part; or by
+    time, the oldest rows for training and the newest for the test."""
+    column: str | None = None
+    """The column that holds the time, or the class where it's not the label."""
+    group_by: str | None = None
+    """A column whose equal values stay in one part, or near_duplicates for rows that nearly say the same. Exact copies
+    always stay in one part."""
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> Split:
@@ -94,6 +110,25 @@ def _as_list(value: Any) -> Any:
     return value if value is None or isinstance(value, list) else [value]
 
 
+class Step(Section):
+    """A cleaner or an augmenter with its options; ``name`` and ``{name: {option: value}}`` are short for it."""
+
+    name: str
+    """A built-in one's name, or MODULE:FUNCTION of your own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and not {"name", "options"} & set(value):
+            ((name, options),) = value.items()
+            return {"name": name, "options": options or {}}
+        return value
+
+
 class DataSection(Section):
     train: list[Source] = Field(default_factory=list)
     """Files to train on."""
@@ -101,8 +136,23 @@ class DataSection(Section):
     """Files to validate on during training."""
     test: list[Source] = Field(default_factory=list)
     """Files for the final evaluation, never seen in training."""
+    benchmarks: list[Source] = Field(default_factory=list)
+    """Files that must not be trained on: training rows that hold one of their rows, exactly or nearly, are refused."""
     columns: Columns = Field(default_factory=Columns)
     """Which column holds what; empty: recognised."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """Where sources have weights: no row is taken twice and the surplus of some is set aside, or every row is taken and
+    those of some are repeated."""
+    clean: list[Step] = Field(default_factory=list)
+    """Cleaners, in their order (docs/data.md lists them)."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Refuse rows that repeat an earlier one word for word, or nearly."""
+    near_threshold: float = Field(0.8, gt=0, le=1)
+    """From which similarity (Jaccard, of word n-grams) two rows are nearly the same."""
+    augment: list[Step] = Field(default_factory=list)
+    """Augmenters; each variant is made by one of them, of training rows alone, after the split."""
+    augment_ratio: float = Field(0.1, ge=0)
+    """Variants to make, as a share of the training rows."""
     split: Split = Field(default_factory=Split)
     """Shares for the parts without a file of their own."""
     system: str | None = None
@@ -126,7 +176,12 @@ class DataSection(Section):
     max_examples: int | None = Field(None, ge=1)
     """Train on the first so many rows after shuffling: to try a small slice before the whole."""
 
-    _listed = field_validator("train", "validation", "test", mode="before")(_as_list)
+    cache: bool = True
+    """Keep the encoded rows on disk, where the next run with the same rows, tokenizer and template finds them."""
+    num_proc: int | None = Field(None, ge=1)
+    """Processes that encode; empty: one a core, where there are rows enough."""
+
+    _listed = field_validator("train", "validation", "test", "benchmarks", "clean", "augment", mode="before")(_as_list)
 
 
 class FullMethod(Section):
@@ -312,8 +367,10 @@ class Recipe(Section):
     def with_paths_from(self, folder: Path) -> Recipe:
         """A copy whose relative data and template paths start at ``folder``."""
         recipe = self.model_copy(deep=True)
-        for source in (*recipe.data.train, *recipe.data.validation, *recipe.data.test):
-            source.path = _anchored(source.path, folder)
+        data = recipe.data
+        for source in (*data.train, *data.validation, *data.test, *data.benchmarks):
+            if not source.path.startswith("hub:"):
+                source.path = _anchored(source.path, folder)
         if recipe.model.chat_template:
             recipe.model.chat_template = _anchored(recipe.model.chat_template, folder)
         if (folder / recipe.model.name).is_dir() and not Path(recipe.model.name).is_absolute():
@@ -333,7 +390,7 @@ def _anchored(path: str, folder: Path) -> str:
 def _from_here(override: str) -> str:
     """A path given on the command line starts at the working folder, not at the recipe's."""
     key, _, value = override.partition("=")
-    known = ("data.train", "data.validation", "data.test", "model.chat_template", "model.name")
+    known = ("data.train", "data.validation", "data.test", "data.benchmarks", "model.chat_template", "model.name")
     return f"{key}={Path(value).absolute()}" if key.strip() in known and Path(value).exists() else override
 
 
