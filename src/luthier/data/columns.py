@@ -13,7 +13,7 @@ from rapidfuzz import process
 
 from luthier.data.conversations import Unfit, checked_turns, parse_tools
 from luthier.data.examples import Reject, TaskType, TrainingExample
-from luthier.data.readers import Row, encoding_of, read_rows
+from luthier.data.readers import Row, open_reader
 from luthier.errors import UserError, shorten
 from luthier.recipe import Columns
 
@@ -104,18 +104,17 @@ def _first(names: Sequence[str], have: set[str]) -> str | None:
     return next((name for name in names if name in have), None)
 
 
-def settle(rows: Sequence[Row], columns: Columns | None, path: str | Path) -> Format:
+def settle(keys: Sequence[str], columns: Columns | None, path: str | Path) -> Format:
     """The format to read rows by: the columns that the user names win over what is recognised.
 
     Args:
-        rows: the first rows of the file.
+        keys: those of all the file's rows: a system message or a further input may first appear late.
         columns: as named by the user; may be empty.
         path: named in errors.
 
     Raises:
         UserError: nothing is recognised, or a named column is in no row.
     """
-    keys = list(dict.fromkeys(itertools.chain.from_iterable(row.values for row in rows)))
     named = {k: v for k, v in columns.model_dump().items() if v is not None} if columns is not None else {}
     for part, column in named.items():
         if column not in keys:
@@ -149,18 +148,19 @@ def propose(path: str | Path) -> Proposal:
     Raises:
         UserError: the file cannot be read or its columns are of no known format.
     """
-    head = list(itertools.islice(read_rows(path), _PEEK))
+    reader = open_reader(path)
+    head = list(itertools.islice(reader.rows(), _PEEK))
     rows = [row for row in head if isinstance(row, Row)]
     if not rows:
         first = next(r for r in head if isinstance(r, Reject))
         raise UserError(first.message, where=f"{first.file}:{first.line}", remedy=first.remedy)
-    found = settle(rows, None, path)
+    found = settle(list(dict.fromkeys(itertools.chain.from_iterable(row.values for row in rows))), None, path)
     used = _used(found.columns)
     unused = [key for key in rows[0].values if key not in used]
     notes = [f"kept as metadata, not trained: {', '.join(unused)}"] if unused else []
     if found.columns.label and not found.columns.response:
         notes.append(f"the label ({found.columns.label}) is the answer to be learnt")
-    return Proposal(found.name, found.columns, encoding_of(path), len(head), notes)
+    return Proposal(found.name, found.columns, reader.encoding, len(head), notes)
 
 
 def _used(columns: Columns) -> set[str]:
