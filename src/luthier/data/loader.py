@@ -168,8 +168,11 @@ class DatasetLoader:
         unknown = sorted(set(columns) - set(Columns.model_fields))
         if unknown:
             raise UserError(f"unknown column role {unknown[0]!r}", remedy=f"known: {', '.join(Columns.model_fields)}")
-        source = Source(path=str(path), **chosen)
-        loaded = load_source(source, Columns(**columns), self.task_type)
+        found = Columns(**columns)
+        if kinds:
+            loaded = _loaded(read_file(open_reader(path, chosen.get("subset")), found, self.task_type))
+        else:
+            loaded = load_source(Source(path=str(path), **chosen), found, self.task_type)
         if loaded.rejects and self.on_error == "raise":
             bad = loaded.rejects[0]
             raise UserError(bad.message, where=f"{bad.file}:{bad.line}", remedy=bad.remedy)

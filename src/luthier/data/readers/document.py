@@ -131,14 +131,15 @@ class Document:
         """Drop what has been taken and read on; False at the file's end."""
         if self._ended:
             return False
+        # At least as much as is held: a long item is tried a few times, not once a piece.
+        piece = self._stream.read(max(_PIECE, len(self._text) - self._at))
+        if not piece:
+            self._ended = True
+            return False
         here = self.broken("")
         self._line, self._column = here.line, here.column
-        kept = self._text[self._at :]
-        # At least as much as is held: a long item is tried a few times, not once a piece.
-        piece = self._stream.read(max(_PIECE, len(kept)))
-        self._text, self._at = kept + piece, 0
-        self._ended = not piece
-        return not self._ended
+        self._text, self._at = self._text[self._at :] + piece, 0
+        return True
 
 
 @dataclass(frozen=True, slots=True)

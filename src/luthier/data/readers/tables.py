@@ -60,7 +60,7 @@ class TableReader(TextReader):
 
 def _delimiter(first: str) -> str:
     """Comma, unless the header has none and has another separator."""
-    header = re.sub(r'"[^"]*"', "", first)
+    header = re.sub(r'"[^"]*"', "", first.lstrip())
     counts = {d: header.count(d) for d in ",;\t|"}
     best = max(counts, key=lambda d: counts[d])
     return best if counts[best] and not counts[","] else ","

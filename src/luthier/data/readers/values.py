@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from luthier.data.examples import Reject, Source
@@ -124,9 +126,9 @@ def _first_flaw(value: Any) -> Flaw | None:
     if isinstance(value, str):
         return None if value.isascii() else _half_character(value)
     if isinstance(value, dict):
-        found = next((flaw for key in value if not key.isascii() and (flaw := _half_character(key)) is not None), None)
-        return found or next((flaw for item in value.values() if (flaw := _first_flaw(item)) is not None), None)
-    inner = value if isinstance(value, list) else ()
+        inner: Iterable[Any] = itertools.chain(value, value.values())
+    else:
+        inner = value if isinstance(value, list) else ()
     return next((flaw for item in inner if (flaw := _first_flaw(item)) is not None), None)
 
 
