@@ -231,11 +231,13 @@ def _sharegpt(example: TrainingExample) -> Record:
     row = _with_rest({"conversations": [_sharegpt_turn(m) for m in example.to_chat_format()]}, example)
     if example.tools:
         # The format's habit: the bare schemas, as JSON text.
-        bare = [
-            t["function"] if set(t) == {"type", "function"} and t["type"] == "function" else t for t in row["tools"]
-        ]
-        row["tools"] = as_json(bare if not any("function" in t for t in bare) else example.tools)
+        bare = [t["function"] if _is_wrapped(t) else t for t in example.tools]
+        row["tools"] = as_json(example.tools if any("function" in tool for tool in bare) else bare)
     return row
+
+
+def _is_wrapped(tool: dict[str, Any]) -> bool:
+    return set(tool) == {"type", "function"} and tool["type"] == "function"
 
 
 def _sharegpt_turn(message: Message) -> dict[str, Any]:
@@ -284,7 +286,7 @@ def _exchanges(example: TrainingExample) -> tuple[str | None, list[list[str]], s
         raise CannotHold(f"its turns are not a user's and an assistant's in turn: {', '.join(roles)}")
     said = [str(message["content"]) for message in messages]
     pairs = [[asked, answered] for asked, answered in zip(said[::2], said[1::2], strict=True)]
-    return system, pairs[:-1], *pairs[-1]
+    return system, pairs[:-1], said[-2], said[-1]
 
 
 def _classification(example: TrainingExample) -> Record:

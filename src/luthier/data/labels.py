@@ -69,7 +69,7 @@ def label_findings(counts: Counter[str] | None) -> Iterator[Finding]:
 
 
 def _spellings(counts: Counter[str]) -> Iterator[Finding]:
-    """Classes that differ in case, width, white space or a closing mark alone, of which the rarer spelling is a slip."""
+    """Classes that differ in case, width, white space or a closing mark alone: the rarer spelling is a slip."""
     alike: dict[str, list[str]] = defaultdict(list)
     for label, _ in counts.most_common():
         alike[_plain(label)].append(label)

@@ -6,6 +6,7 @@ tokens and languages are measured on a seeded sample of a large set, and then sa
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -316,7 +317,7 @@ def shared_beginnings(rows: Sequence[np.ndarray]) -> tuple[int, float]:
     if len(rows) < 2:
         return 0, 0.0
     order = sorted(rows, key=lambda ids: ids.astype(">i4").tobytes())
-    shared = [_common(a, b) for a, b in zip(order[:-1], order[1:], strict=True)]
+    shared = [_common(a, b) for a, b in itertools.pairwise(order)]
     total = sum(len(ids) for ids in rows)
     return _common(order[0], order[-1]), sum(n for n in shared if n >= SHORTEST) / max(1, total)
 

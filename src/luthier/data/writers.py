@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,7 +68,7 @@ def write_records(
         if verify is not None:
             verify(temporary)
         writable_kind(path, force=force)
-        os.replace(temporary, path)
+        temporary.replace(path)
 
 
 @contextmanager
