@@ -205,8 +205,8 @@ def test_a_whole_preflight_passes_and_prints(tiny_model_dir, tmp_path):
     console = Console(record=True, width=120, force_terminal=True)
     console.print(render_rows(dataset, 2), render_preflight(report))
     shown = console.export_text(styles=True)
-    # The answer and its end-of-turn are the coloured run; the question is not.
-    assert "\x1b[30;42mThe sum is 0.<|im_end|>" in shown
+    # The answer and its end-of-turn are on green; the question is not.
+    assert "\x1b[30;42mThe sum is 0.\x1b[0m\x1b[1;30;102m<|im_end|>\x1b[0m" in shown
     assert json.loads(json.dumps(report.to_dict()))["passed"] is True
 
 

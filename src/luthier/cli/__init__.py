@@ -24,9 +24,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one message on stderr and exit code 2."""
-    from luthier.cli import commands
+    from luthier.cli import commands, data
 
     assert commands.app is app
+    if not app.registered_groups:
+        app.add_typer(data.app)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

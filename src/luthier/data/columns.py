@@ -80,11 +80,13 @@ def recognise(keys: Iterable[str], path: str | Path) -> Format | None:
     messages = _first(MESSAGES, have)
     if messages:
         name = {"messages": "OpenAI messages", "conversations": "ShareGPT"}.get(messages, messages)
-        return Format(name, Columns(messages=messages, **common))
+        return Format(name, Columns(messages=messages, label="label" if "label" in have else None, **common))
     label = _first(LABELS, have)
     if {"instruction", "output"} <= have:
         more = "input" if "input" in have else None
-        return Format("Alpaca", Columns(prompt="instruction", input=more, response="output", **common))
+        columns = Columns(prompt="instruction", input=more, response="output", **common)
+        columns.label = "label" if "label" in have else None
+        return Format("Alpaca", columns)
     prompt, response = _first(PROMPTS, have), _first(RESPONSES, have)
     if prompt and response:
         more = _first(INPUTS, have - {prompt})

@@ -1,6 +1,7 @@
 """The pre-flight gate: what could make a run finish green with the wrong model, found before step one."""
 
-from luthier.training.preflight.findings import Finding, Preflight
+from luthier.data.findings import Finding
+from luthier.training.preflight.findings import Preflight
 from luthier.training.preflight.gate import preflight
 from luthier.training.preflight.view import render_preflight, render_rows
 

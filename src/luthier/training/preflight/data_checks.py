@@ -13,9 +13,10 @@ import numpy as np
 from luthier.data.dataset import Dataset, Part
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
+from luthier.data.findings import Finding, places
+from luthier.data.labels import Classes, label_findings
 from luthier.data.render import Rendered, special_tokens
 from luthier.recipe import Recipe
-from luthier.training.preflight.findings import Finding, places
 from luthier.training.preflight.similarity import near_copies
 
 if TYPE_CHECKING:
@@ -345,29 +346,8 @@ def _text(example: TrainingExample) -> str:
 
 
 def _labels(train: Part) -> Iterator[Finding]:
-    """Imbalance of classes: of labels where rows have them, else of short answers that repeat."""
-    labels = [str(e.label) for e in train.examples if e.label is not None]
-    if not labels:
-        answers = [e.answer for e in train.examples if e.answer is not None and len(e.answer) <= 40]
-        few = len(set(answers)) <= max(2, len(answers) // 20)
-        if len(answers) < 0.95 * len(train.examples) or not few:
-            return
-        labels = [str(a) for a in answers]
-    counts = Counter(labels).most_common()
-    if len(labels) < 20:
-        return
-    (most, top), (least, bottom) = counts[0], counts[-1]
-    if len(counts) == 1:
-        yield Finding(
-            "one_label",
-            "warning",
-            f"every row has the same answer, {most!r}",
-            "add rows of the other classes, or check the column mapping",
-        )
-    elif top >= 10 * bottom:
-        yield Finding(
-            "label_imbalance",
-            "warning",
-            f"class {most!r} has {top:,} rows, class {least!r} has {bottom:,}",
-            "add rows of the rare classes, or judge by a score that weighs classes alike",
-        )
+    """Imbalance and spelling of classes."""
+    classes = Classes()
+    for example in train.examples:
+        classes.add(example)
+    yield from label_findings(classes.counts)

@@ -1,42 +1,12 @@
-"""What the pre-flight reports: findings, each with a code, the rows concerned and the remedy."""
+"""What the pre-flight reports: its findings, and what it counted and predicted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from luthier.data.examples import Source
+from luthier.data.findings import Finding
 from luthier.errors import UserError
-
-Severity = Literal["error", "warning", "info"]
-_PLACES = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong, doubtful or worth knowing."""
-
-    code: str
-    """Short name, stable across versions, for example ``answer_cut``."""
-    severity: Severity
-    message: str
-    remedy: str = ""
-    count: int = 0
-    """Rows concerned; 0 where it concerns the run as a whole."""
-    rows: tuple[str, ...] = ()
-    """The first of their places, ``file:line``."""
-
-
-def places(sources: Iterable[Source | None]) -> tuple[str, ...]:
-    """The first few places of rows, for a finding."""
-    named = []
-    for source in sources:
-        if source is not None:
-            named.append(str(source))
-        if len(named) == _PLACES:
-            break
-    return tuple(named)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from luthier.data.dataset import Dataset
+from luthier.data.findings import Finding
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import Recipe
 from luthier.training.fused import cuda, kernels
@@ -16,7 +17,7 @@ from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight import model_checks as checks
 from luthier.training.preflight.data_checks import check_data
-from luthier.training.preflight.findings import Finding, Preflight
+from luthier.training.preflight.findings import Preflight
 
 
 def preflight(

@@ -14,12 +14,12 @@ import torch
 
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
+from luthier.data.findings import Finding
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import LoraMethod, Recipe
 from luthier.training.fused.layer import Recompute
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
-from luthier.training.preflight.findings import Finding
 from luthier.training.saver import COPIED
 
 if TYPE_CHECKING:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING
-
-import numpy as np
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from luthier.data.dataset import Dataset
-from luthier.data.encode import EncodedExample
+from luthier.data.preview import render_encoded
 from luthier.training.preflight.findings import Preflight
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _MARKS = {"error": ("✗ error", "bold red"), "warning": ("! warning", "yellow"), "info": ("i note", "cyan")}
-_CHARACTERS = 1200
 
 
 def render_preflight(report: Preflight) -> Group:
@@ -58,29 +50,4 @@ def render_preflight(report: Preflight) -> Group:
 
 def render_rows(dataset: Dataset, count: int = 3) -> Group:
     """A few training rows as the model reads them: trained tokens on green, context dim, a long middle left out."""
-    tokenizer = dataset.renderer.tokenizer
-    shown = [
-        Text.assemble(("  trained  ", "black on green"), ("  context, not trained  ", "dim"), "  ↵ is a line's end")
-    ]
-    for row in dataset.train.encoded[:count]:
-        head = f"{row.source}: {len(row):,} tokens, {int(row.trained.sum()):,} trained"
-        shown.append(Text.assemble("\n", (head, "bold")))
-        shown.append(_coloured(row, tokenizer))
-    return Group(*shown)
-
-
-def _coloured(row: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> Text:
-    text = Text()
-    edges = np.flatnonzero(np.diff(row.trained.astype(np.int8))) + 1
-    borders = [0, *edges.tolist(), len(row)]
-    # Whole runs are decoded, for one token may be a part of a character.
-    for a, b in itertools.pairwise(borders):
-        piece = str(tokenizer.decode(row.input_ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if len(piece) > _CHARACTERS:
-            piece = (
-                piece[: _CHARACTERS // 2]
-                + f" … {len(piece) - _CHARACTERS:,} characters … "
-                + piece[-_CHARACTERS // 2 :]
-            )
-        text.append(piece.replace("\n", "↵\n"), style="black on green" if row.trained[a] else "dim")
-    return text
+    return render_encoded(dataset.train.encoded[:count], dataset.renderer.tokenizer)

@@ -1,0 +1,192 @@
+"""What `luthier data` does: open a file or a recipe's data, and judge, show or rewrite its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.encode import EncodedExample, Encoder
+from luthier.data.examples import Reject, TrainingExample
+from luthier.data.loader import load_file
+from luthier.data.render import Renderer
+from luthier.data.stats import SAMPLE, Stats, measure
+from luthier.errors import UserError
+from luthier.recipe import Recipe, apply_overrides
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECIPES = (".yaml", ".yml")
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of one part, before any of them is encoded."""
+
+    examples: Sequence[TrainingExample] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    rows_in: int = 0
+    formats: list[str] = field(default_factory=list)
+
+
+class Subject:
+    """A file, or the files of a recipe, opened for judging.
+
+    Args:
+        path: a data file, or a recipe (.yaml).
+        overrides: ``key=value`` pairs laid over the recipe, or over the defaults for a file.
+        columns: which column holds what, for a file.
+        model: whose tokenizer and template measure; None: the recipe's.
+
+    Raises:
+        UserError: the file cannot be read, or the recipe is wrong.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        overrides: Iterable[str] = (),
+        *,
+        columns: Mapping[str, str] | None = None,
+        model: str | None = None,
+    ) -> None:
+        self.path = path
+        self.is_recipe = path.suffix.lower() in RECIPES
+        if self.is_recipe:
+            if columns:
+                raise UserError(
+                    "--column is for files; a recipe names its columns itself", remedy="set data.columns in the recipe"
+                )
+            self.recipe = Recipe.load(path, overrides)
+        else:
+            content = {"data": {"train": str(path), "columns": dict(columns or {})}}
+            self.recipe = Recipe.from_dict(apply_overrides(content, overrides))
+        if model is not None:
+            self.recipe.model.name = model
+        data = self.recipe.data
+        if not data.train:
+            raise UserError("the recipe names no training data", where="data.train", remedy="name a file there")
+        named = {"train": data.train, "validation": data.validation, "test": data.test}
+        self.parts = {name: self._read(sources) for name, sources in named.items() if sources}
+
+    def _read(self, sources: Iterable[Any]) -> Rows:
+        rows = Rows()
+        examples: list[TrainingExample] = []
+        for source in sources:
+            loaded = load_file(source.path, source.columns or self.recipe.data.columns)
+            examples += loaded.examples
+            rows.rejects += loaded.rejects
+            rows.rows_in += loaded.rows_in
+            rows.formats.append(loaded.format)
+        rows.examples = examples
+        return rows
+
+    @property
+    def train(self) -> Rows:
+        return self.parts["train"]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from luthier.models.loading import load_tokenizer
+
+        spec = self.recipe.model
+        return load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template)
+
+    def encoder(self, *, allow_special_tokens: bool, limited: bool = False) -> Encoder:
+        """Renders and tokenises as training would; without a limit of length unless ``limited``."""
+        data = self.recipe.data
+        renderer = Renderer(
+            self.tokenizer,
+            system=data.system,
+            train_on=data.train_on,
+            allow_special_tokens=allow_special_tokens or data.special_tokens_in_text == "allow",
+        )
+        return Encoder(renderer, max_length=data.max_length if limited else None, truncation=data.truncation)
+
+
+def stats_of(subject: Subject, *, sample: int | None = SAMPLE, seed: int = 0) -> dict[str, Stats]:
+    """The numbers of each part."""
+    encoder = subject.encoder(allow_special_tokens=True)
+    return {
+        name: measure(part.examples, encoder, sample=sample, seed=seed)
+        for name, part in subject.parts.items()
+        if len(part.examples)
+    }
+
+
+def rows_to_show(
+    subject: Subject, *, count: int = 5, places: Sequence[str] = ()
+) -> tuple[list[EncodedExample], list[Reject]]:
+    """The first training rows, or those at the places named, encoded as training would; and those it would refuse.
+
+    Args:
+        subject: the file or recipe.
+        count: how many, where no place is named.
+        places: ``FILE:LINE``; the file may be named by its last part, or left out where there is one file.
+
+    Raises:
+        UserError: there is no row at a place.
+    """
+    chosen: list[TrainingExample] = []
+    refused: list[Reject] = []
+    if not places:
+        chosen = list(subject.train.examples[:count])
+    for place in places:
+        example, reject = _row_at(subject, place)
+        chosen += [example] if example is not None else []
+        refused += [reject] if reject is not None else []
+    encoded = subject.encoder(allow_special_tokens=False, limited=True).encode(chosen)
+    return encoded.examples, refused + encoded.rejects
+
+
+def _row_at(subject: Subject, place: str) -> tuple[TrainingExample | None, Reject | None]:
+    file, _, line = place.rpartition(":")
+    if not line.isdigit():
+        raise UserError(f"{place!r} is no place of a row", where="--row", remedy="write FILE:LINE, or the line alone")
+
+    def matches(named: str, number: int) -> bool:
+        return number == int(line) and (not file or named == file or Path(named).name == Path(file).name)
+
+    for part in subject.parts.values():
+        for example in part.examples:
+            if example.source is not None and matches(example.source.file, example.source.line):
+                return example, None
+        for reject in part.rejects:
+            if matches(reject.file, reject.line):
+                return None, reject
+    raise UserError(
+        f"there is no row at {place!r}",
+        where="--row",
+        remedy="name the line of its first character; in .json and .parquet files, its number",
+    )
+
+
+def convert_rows(subject: Subject, output: Path, to: str, *, force: bool = False, lossy: bool = False) -> list[str]:
+    """Write a file's rows, or a recipe's training rows, in another format.
+
+    Returns:
+        what was done, line by line.
+
+    Raises:
+        UserError: a row cannot be held, or was refused on reading and would be lost.
+    """
+    from luthier.data.convert import convert
+
+    train = subject.train
+    if train.rejects and not lossy:
+        first = train.rejects[0]
+        raise UserError(
+            f"{len(train.rejects):,} of {train.rows_in:,} rows cannot be read and would be lost: {first.message}",
+            where=f"{first.file}:{first.line}",
+            remedy="mend them, or leave them out with --lossy",
+        )
+    done = convert(train.examples, output, to, force=force, lossy=lossy)
+    lines = [f"wrote {output}: {done.rows:,} rows, format {done.format}; read back the same"]
+    if done.changed:
+        lines.append(f"  metadata of {done.changed:,} rows changed; first: {done.first_change}")
+    if train.rejects:
+        lines.append(f"  {len(train.rejects):,} rows could not be read and are left out")
+    return lines
