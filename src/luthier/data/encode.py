@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -85,7 +86,8 @@ class Encoder:
                 remedy="use a model with a fast tokenizer (one that has a tokenizer.json)",
             )
 
-        self._missing = missing_bytes(self.tokenizer)
+        missing = missing_bytes(self.tokenizer)
+        self._missing = re.compile(b"[" + re.escape(bytes(sorted(missing))) + b"]") if missing else None
         self._words = WordTokenizer.of(self.tokenizer) if by_words else None
         self._count = 0
 
@@ -202,8 +204,8 @@ class Encoder:
 
     def _lost(self, text: str, ids: np.ndarray) -> str:
         """Characters of a text that its tokens do not hold."""
-        if self._missing and not self._missing.isdisjoint(text.encode("utf-8")):
-            return "".join(c for c in text if not self._missing.isdisjoint(c.encode("utf-8")))
+        if self._missing and self._missing.search(text.encode("utf-8")):
+            return "".join(c for c in text if self._missing.search(c.encode("utf-8")))
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids and str(self.tokenizer.unk_token) not in text:
             return f"some characters of {shorten(text)}"
@@ -279,8 +281,12 @@ def trained_tokens(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.
 
 def runs_of(trained: np.ndarray) -> list[Run]:
     """The ranges of consecutive trained tokens of a mask, ``[n] bool``."""
-    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+    edges = (np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist()
+    if len(trained) and trained[0]:
+        edges.insert(0, 0)
+    if len(edges) % 2:
+        edges.append(len(trained))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def mask(runs: Iterable[Run], length: int) -> np.ndarray:
