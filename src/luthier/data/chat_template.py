@@ -80,7 +80,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._variables = plain_json(dict(tokenizer.special_tokens_map))
+        self._specials = plain_json(dict(tokenizer.special_tokens_map))
+        self._variables: dict[str, Any] = {}
         self._compiled: dict[bool, Template | None] = {}
 
     def text(self, messages: list[Message], tools: Tools | None = None, *, add_generation_prompt: bool) -> str:
@@ -110,13 +111,10 @@ class ChatTemplate:
                         add_generation_prompt=add_generation_prompt,
                     )
                 )
-            return template.render(
-                messages=messages,
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
+            # Template.render, less its merging of globals at each call.
+            values = {**self._variables, "messages": messages, "tools": tools or None}
+            values["add_generation_prompt"] = add_generation_prompt
+            return "".join(template.root_render_func(template.new_context(values, shared=True)))
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise RenderError("template_refuses", f"the chat template refuses these turns: {error}") from error
 
@@ -131,7 +129,8 @@ class ChatTemplate:
             try:
                 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-                self._compiled[tools] = _compile_jinja_template(source)
+                compiled = self._compiled[tools] = _compile_jinja_template(source)
+                self._variables = {**compiled.globals, "documents": None, **self._specials}
             except ImportError:
                 self._compiled[tools] = None
         return self._compiled[tools]
