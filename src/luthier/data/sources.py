@@ -134,7 +134,7 @@ def read_file(reader: Reader, columns: Columns | None = None, task_type: TaskTyp
 
 
 def _settled(reader: Reader, columns: Columns | None) -> Format | None:
-    named = columns.model_dump(exclude_none=True) if columns is not None else {}
+    named = columns.model_dump(exclude_none=True, exclude={"label_names"}) if columns is not None else {}
     # Where the user says what holds the rows' content, the file need only have those columns.
     enough = set(named.values()) if {"messages", "text", "prompt"} & named.keys() else ()
     keys = reader.columns(enough)
