@@ -175,7 +175,7 @@ def propose(path: str | Path) -> Proposal:
 
 def _used(columns: Columns) -> set[str]:
     """The columns whose content goes into an example; all others stay in its metadata."""
-    parts = columns.model_dump(exclude_none=True, exclude={"label_names"})
+    parts = {k: v for k, v in vars(columns).items() if isinstance(v, str)}
     if columns.text:
         return {parts[k] for k in ("text", "label") if k in parts}
     if columns.messages:

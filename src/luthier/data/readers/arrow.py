@@ -73,5 +73,7 @@ class ArrowReader(Reader):
 
 
 def _pieces(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
+    # Bytes of a file become offsets into memory here; damaged ones would lead outside of it.
+    batch.validate(full=True)
     for begin in range(0, batch.num_rows, _BATCH):
         yield batch.slice(begin, _BATCH)

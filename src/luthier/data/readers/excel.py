@@ -94,7 +94,7 @@ class ExcelReader(Reader):
     def _chosen(self, book: Any) -> Any:
         if self.sheet is None:
             if not book.worksheets:
-                raise UserError("the workbook has no sheet of cells", where=str(self.path))
+                raise UserError("the workbook has no sheet of cells", where=str(self.path), remedy="save it again")
             return book.worksheets[0]
         names = [sheet.title for sheet in book.worksheets]
         if self.sheet not in names:
