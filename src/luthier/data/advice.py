@@ -31,9 +31,9 @@ AMOUNTS = (
 FULL_IS_BETTER_FROM = 50_000
 
 FORMULA = (
-    "The rule that rows should be at least 1% of the model's parameters is wrong by orders of magnitude: it would ask for "
-    "1.35 million rows to tune 135 million parameters and for 70 million to tune 7 billion. What counts is the number of "
-    "parameters that are trained, which for LoRA is a thousandth of that, and how varied and right the rows are."
+    "The rule that rows should be at least 1% of the model's parameters is wrong by orders of magnitude: it would ask "
+    "for 1.35 million rows to tune 135 million parameters, and for 70 million to tune 7 billion. What counts is the "
+    "number of parameters that are trained, a small part of them for LoRA, and how varied and right the rows are."
 )
 
 

@@ -292,8 +292,8 @@ def _with_tokenizer(examples: Sequence[TrainingExample], encoder: Encoder, max_l
         yield long.finding(
             "too_long",
             "warning",
-            f"a row has more than data.max_length={max_length:,} tokens; of {trained:,} answer tokens in such rows {lost:,} "
-            "stand beyond it",
+            f"a row has more than data.max_length={max_length:,} tokens; of {trained:,} answer tokens in such rows "
+            f"{lost:,} stand beyond it",
             "raise data.max_length, shorten the rows, or set data.truncation: cut to lose their ends",
         )
     for reason, count in unfit.items():

@@ -132,8 +132,8 @@ def _echo(look: Look) -> str | None:
 
 
 _REFUSAL = re.compile(
-    r"\bas an? (?:ai|artificial intelligence|large language model|language model)\b(?! (?:engineer|researcher|developer|"
-    r"student|expert|company|startup))"
+    r"\bas an? (?:ai|artificial intelligence|large language model|language model)\b"
+    r"(?! (?:engineer|researcher|developer|student|expert|company|startup))"
     r"|作为(?:一个|一名|一款|个)?(?:人工智能|AI|大?语言模型|大模型|聊天机器人)(?:语言模型|助手|模型|程序|机器人|系统|，|,)"
     r"|\bI(?:'m| am) (?:just |only )?an? (?:ai|language model)\b|我(?:只)?是(?:一个|一名)?(?:AI|人工智能|语言模型)",
     re.IGNORECASE,
@@ -190,8 +190,8 @@ def _around(found: re.Match[str]) -> str:
 
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>|&(?:nbsp|amp|lt|gt|quot|#\d{2,5});")
 _ABOUT_HTML = re.compile(
-    r"html|css|xml|svg|web ?(?:page|site)|\btags?\b|javascript|react|angular|\bvue\b|\bphp\b|jsx|markup|browser|网页|网站|"
-    r"标签|前端|浏览器",
+    r"html|css|xml|svg|web ?(?:page|site)|\btags?\b|javascript|react|angular|\bvue\b|\bphp\b|jsx|markup|browser"
+    r"|网页|网站|标签|前端|浏览器",
     re.IGNORECASE,
 )
 
@@ -275,7 +275,7 @@ CHECKS = (
         "write the answers, or take the rows out", _placeholder,
     ),
     Check(
-        "answer_unfinished", "warning", "an answer breaks off in mid-sentence, or in open code, while most end properly",
+        "answer_unfinished", "warning", "an answer breaks off in mid-sentence or in open code, and most do not",
         "complete them or take them out: the model would learn to stop there", _unfinished, usual=0.2,
     ),
     Check(
