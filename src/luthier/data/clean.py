@@ -1,52 +1,51 @@
-"""Cleaning texts: small functions in the order they were added."""
+"""The cleaners as one public class, thin over luthier.data.cleaning."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from luthier.data.examples import Reject, Source, TrainingExample
-from luthier.errors import UserError, shorten
+from luthier.data.cleaning import Cleaning, StepReport
+from luthier.data.cleaning.characters import remove_special_chars
+from luthier.data.cleaning.spacing import normalize_whitespace, remove_empty_lines
+from luthier.data.cleaning.truncate import truncate_by_tokens
+from luthier.data.examples import Reject, TrainingExample
+from luthier.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Cleaner = Callable[[str], str]
 
-# Joiners that emoji and several scripts are written with.
-_JOINERS = {"\u200c", "\u200d"}
-
 
 class DataPreprocessor:
     """Cleans texts and examples with the cleaners that were added, in their order; without any, nothing changes.
 
-    Rows of which cleaning left nothing to ask or to answer are in ``rejects``, and a warning counts them.
+    Rows that a filter refused, or of which cleaning left nothing to ask or to answer, are in ``rejects``, and a warning
+    counts them.
+
+    Args:
+        tokenizer: the model's, for the cleaners that count tokens.
     """
 
-    def __init__(self) -> None:
-        self.cleaners: list[Cleaner] = []
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.rejects: list[Reject] = []
+        self._cleaning = Cleaning(tokenizer=tokenizer)
 
-    def add_cleaner(self, cleaner: Cleaner | str) -> DataPreprocessor:
-        """Add a function from text to text, or the name of a built-in one.
+    @property
+    def cleaners(self) -> list[Callable[..., Any]]:
+        """The functions that were added, in their order."""
+        return self._cleaning.functions
+
+    def add_cleaner(self, cleaner: Callable[..., Any] | str, **options: Any) -> DataPreprocessor:
+        """Add a function, from text to text or from row to row, or a built-in one by its name, with its options.
 
         Raises:
-            UserError: it cannot be called, or no built-in has that name.
+            UserError: it cannot be called, no built-in has that name, or it has no such option.
         """
-        if isinstance(cleaner, str):
-            if cleaner not in _BUILT_IN:
-                raise UserError(f"no cleaner is called {cleaner!r}", remedy=f"known: {', '.join(_BUILT_IN)}")
-            cleaner = getattr(self, cleaner)
-        if not callable(cleaner):
-            raise UserError(
-                f"a cleaner must be a function from text to text, not {type(cleaner).__name__}",
-                remedy="for example DataPreprocessor.normalize_whitespace",
-            )
-        self.cleaners.append(cleaner)
+        self._cleaning.add(cleaner, **options)
         return self
 
     def clean_text(self, text: str) -> str:
@@ -55,66 +54,33 @@ class DataPreprocessor:
         Raises:
             UserError: a cleaner gave back something else.
         """
-        for cleaner in self.cleaners:
-            cleaned = cleaner(text)
-            if not isinstance(cleaned, str):
-                name = getattr(cleaner, "__name__", repr(cleaner))
-                raise UserError(f"the cleaner {name!r} returned {type(cleaned).__name__}, not text")
-            text = cleaned
-        return text
+        return self._cleaning.clean_text(text)
 
     def clean_examples(self, examples: Iterable[TrainingExample]) -> list[TrainingExample]:
         """Every example with its texts cleaned; the ones given stay as they are.
 
-        A row of which cleaning left no prompt or no answer is not returned but added to ``rejects``: an empty
-        answer would teach the model to say nothing.
+        A row that a filter refuses, or of which cleaning left no prompt or no answer, is not returned but added to
+        ``rejects``: an empty answer would teach the model to say nothing.
         """
-        cleaned: list[TrainingExample] = []
-        refused: list[Reject] = []
-        for example in examples:
-            messages = None
-            if example.messages is not None:
-                messages = [
-                    {**m, "content": self.clean_text(m["content"])} if isinstance(m.get("content"), str) else dict(m)
-                    for m in example.messages
-                ]
-            output = None if example.output is None else self.clean_text(example.output)
-            made = replace(example, input=self.clean_text(example.input), output=output, messages=messages)
-            emptied = next(
-                (b for b, a in zip(_texts(example), _texts(made), strict=True) if b.strip() and not a.strip()), None
-            )
-            if emptied is None:
-                cleaned.append(made)
-            else:
-                refused.append(_emptied(example, emptied))
+        outcomes = list(self._cleaning.apply(examples))
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
         self.rejects += refused
         if refused:
+            verb = "emptied" if all(reject.reason == "emptied" for reject in refused) else "refused"
             warnings.warn(
-                f"cleaning emptied {len(refused)} of {len(refused) + len(cleaned)} rows; first: {refused[0].file}:"
+                f"cleaning {verb} {len(refused)} of {len(outcomes)} rows; first: {refused[0].file}:"
                 f"{refused[0].line}: {refused[0].message}; all are in .rejects",
                 stacklevel=2,
             )
-        return cleaned
+        return [outcome for outcome in outcomes if isinstance(outcome, TrainingExample)]
 
-    @staticmethod
-    def remove_special_chars(text: str) -> str:
-        """Take out characters that nobody sees: controls, zero-width marks, private use, and the replacement character.
+    def report(self) -> list[StepReport]:
+        """What each cleaner has done to the examples so far; ``luthier.data.cleaning.render_cleaning`` prints it."""
+        return self._cleaning.report()
 
-        Line ends, tabs, punctuation, emoji and the letters of every script stay.
-        """
-        return "".join(c for c in text if c in "\n\r\t" or c in _JOINERS or not _unseen(c))
-
-    @staticmethod
-    def normalize_whitespace(text: str) -> str:
-        """One space for each run of spaces and tabs, no spaces at the ends of lines, none around the text."""
-        text = re.sub(r"\r\n?", "\n", text)
-        text = re.sub(r"[^\S\n]+", " ", text)
-        return re.sub(r" ?\n ?", "\n", text).strip()
-
-    @staticmethod
-    def remove_empty_lines(text: str) -> str:
-        """The text without lines that hold nothing but white space."""
-        return "\n".join(line for line in text.split("\n") if line.strip())
+    remove_special_chars = staticmethod(remove_special_chars)
+    normalize_whitespace = staticmethod(normalize_whitespace)
+    remove_empty_lines = staticmethod(remove_empty_lines)
 
     @staticmethod
     def truncate_by_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Cleaner:
@@ -125,32 +91,4 @@ class DataPreprocessor:
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens={max_tokens} leaves nothing", remedy="give at least 1")
-
-        def truncate(text: str) -> str:
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            offsets = encoded["offset_mapping"]
-            if len(offsets) <= max_tokens:
-                return text
-            # A character may be several tokens; where the limit falls inside one, all of it goes.
-            return text[: min(offsets[max_tokens - 1][1], offsets[max_tokens][0])]
-
-        return truncate
-
-
-_BUILT_IN = ("remove_special_chars", "normalize_whitespace", "remove_empty_lines")
-
-
-def _texts(example: TrainingExample) -> list[str]:
-    """The texts of an example that cleaning must not empty."""
-    said = [m["content"] for m in example.messages or [] if isinstance(m.get("content"), str)]
-    return [example.input, example.output or "", *said]
-
-
-def _emptied(example: TrainingExample, text: str) -> Reject:
-    source = example.source or Source("examples given in Python", 0)
-    message = f"cleaning left nothing of {shorten(text)}"
-    return Reject(source.file, source.line, "emptied", message, value=shorten(text), remedy="use gentler cleaners")
-
-
-def _unseen(character: str) -> bool:
-    return character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs")
+        return partial(truncate_by_tokens, tokenizer=tokenizer, max_tokens=max_tokens)
