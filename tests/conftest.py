@@ -14,6 +14,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of this session's own, but for the models and kernels that take long to make."""
+    from luthier.runfolder import cache_root
+
+    kept, own = cache_root(), tmp_path_factory.mktemp("cache")
+    for name in ("models", "kernels"):
+        (kept / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(kept / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_CACHE", str(own))
+        yield own
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the checkout; tests that want it are skipped where it is absent."""

@@ -59,8 +59,20 @@ class Columns(Section):
     """Column of plain text, all of which is trained."""
     label: str | None = None
     """Column of the class."""
+    label_names: dict[str, str] | None = None
+    """Names to learn in place of the classes as the column has them, for example {0: negative, 1: positive}; a list
+    names 0, 1, 2 and so on."""
     references: str | None = None
     """Column of further right answers (a list), used by evaluation alone."""
+
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def _by_text(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if not isinstance(value, dict):
+            return value
+        return {json.dumps(k) if isinstance(k, bool) else str(k): v for k, v in value.items()}
 
 
 class Source(Section):

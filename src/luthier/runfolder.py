@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,14 @@ _OURS = (
     "report.html",
     "tracking",
 )
+
+
+def cache_root() -> Path:
+    """Where Luthier keeps what it can make again: ``$LUTHIER_CACHE``, else ``~/.cache/luthier``."""
+    root = os.environ.get("LUTHIER_CACHE")
+    if root:
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "luthier"
 
 
 @dataclass(frozen=True, slots=True)

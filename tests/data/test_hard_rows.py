@@ -124,8 +124,10 @@ def test_preference_rows_without_a_rejected_answer_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ({"content": "b", "weight": 0}, "untrained_turn"),
-        ({"content": "b", "train": False}, "untrained_turn"),
+        ({"content": "b", "weight": 0.5}, "bad_mark"),
+        ({"content": "b", "train": "no"}, "bad_mark"),
+        ({"content": "", "function_call": {"name": "f", "arguments": "[1]"}}, "bad_tool_call"),
+        ({"content": "b", "reasoning_content": ["x"]}, "wrong_type"),
         ({"content": "b", "tool_calls": 7}, "bad_tool_call"),
     ],
 )

@@ -13,7 +13,7 @@ from rapidfuzz import process
 
 from luthier.data.conversations import Unfit, checked_turns, parse_tools
 from luthier.data.examples import Reject, TaskType, TrainingExample
-from luthier.data.readers import Row, encoding_of, read_rows
+from luthier.data.readers import Row, open_reader
 from luthier.errors import UserError, shorten
 from luthier.recipe import Columns
 
@@ -75,7 +75,7 @@ def recognise(keys: Iterable[str], path: str | Path) -> Format | None:
             remedy="to imitate the chosen answers, set data.columns: {prompt: prompt, response: chosen}",
         )
     common: dict[str, Any] = {"system": "system" if "system" in have else None}
-    common["tools"] = "tools" if "tools" in have else None
+    common["tools"] = _first(("tools", "functions"), have)
     common["references"] = "references" if "references" in have else None
     messages = _first(MESSAGES, have)
     if messages:
@@ -106,19 +106,19 @@ def _first(names: Sequence[str], have: set[str]) -> str | None:
     return next((name for name in names if name in have), None)
 
 
-def settle(rows: Sequence[Row], columns: Columns | None, path: str | Path) -> Format:
+def settle(keys: Sequence[str], columns: Columns | None, path: str | Path) -> Format:
     """The format to read rows by: the columns that the user names win over what is recognised.
 
     Args:
-        rows: the first rows of the file.
+        keys: those of all the file's rows: a system message or a further input may first appear late.
         columns: as named by the user; may be empty.
         path: named in errors.
 
     Raises:
         UserError: nothing is recognised, or a named column is in no row.
     """
-    keys = list(dict.fromkeys(itertools.chain.from_iterable(row.values for row in rows)))
-    named = {k: v for k, v in columns.model_dump().items() if v is not None} if columns is not None else {}
+    names = columns.label_names if columns is not None else None
+    named = columns.model_dump(exclude_none=True, exclude={"label_names"}) if columns is not None else {}
     for part, column in named.items():
         if column not in keys:
             near = process.extractOne(column, keys, score_cutoff=50)
@@ -134,7 +134,7 @@ def settle(rows: Sequence[Row], columns: Columns | None, path: str | Path) -> Fo
                 where=str(path),
                 remedy="name data.columns.response, or data.columns.text for plain text that is trained whole",
             )
-        return Format("columns named in the recipe", Columns(**named))
+        return Format("columns named in the recipe", Columns(**named, label_names=names))
     found = recognise(keys, path)
     if found is None:
         raise UserError(
@@ -142,7 +142,14 @@ def settle(rows: Sequence[Row], columns: Columns | None, path: str | Path) -> Fo
             where=str(path),
             remedy="say which holds what: data.columns: {prompt: …, response: …}, {messages: …} or {text: …}",
         )
-    return Format(found.name, found.columns.model_copy(update=named)) if named else found
+    taken = found.columns.model_copy(update={**named, "label_names": names})
+    if names and not taken.label:
+        raise UserError(
+            "data.columns.label_names names classes, but no column holds them",
+            where=str(path),
+            remedy="say which does: data.columns.label",
+        )
+    return Format(found.name, taken)
 
 
 def propose(path: str | Path) -> Proposal:
@@ -151,23 +158,24 @@ def propose(path: str | Path) -> Proposal:
     Raises:
         UserError: the file cannot be read or its columns are of no known format.
     """
-    head = list(itertools.islice(read_rows(path), _PEEK))
+    reader = open_reader(path)
+    head = list(itertools.islice(reader.rows(), _PEEK))
     rows = [row for row in head if isinstance(row, Row)]
     if not rows:
         first = next(r for r in head if isinstance(r, Reject))
         raise UserError(first.message, where=f"{first.file}:{first.line}", remedy=first.remedy)
-    found = settle(rows, None, path)
+    found = settle(list(dict.fromkeys(itertools.chain.from_iterable(row.values for row in rows))), None, path)
     used = _used(found.columns)
     unused = [key for key in rows[0].values if key not in used]
     notes = [f"kept as metadata, not trained: {', '.join(unused)}"] if unused else []
     if found.columns.label and not found.columns.response:
         notes.append(f"the label ({found.columns.label}) is the answer to be learnt")
-    return Proposal(found.name, found.columns, encoding_of(path), len(head), notes)
+    return Proposal(found.name, found.columns, reader.encoding, len(head), notes)
 
 
 def _used(columns: Columns) -> set[str]:
     """The columns whose content goes into an example; all others stay in its metadata."""
-    parts = columns.model_dump(exclude_none=True)
+    parts = {k: v for k, v in vars(columns).items() if isinstance(v, str)}
     if columns.text:
         return {parts[k] for k in ("text", "label") if k in parts}
     if columns.messages:
@@ -246,29 +254,63 @@ def _text(values: dict[str, Any], column: str | None, part: str, *, optional: bo
 
 
 def _answer(values: dict[str, Any], columns: Columns) -> tuple[str, list[str]]:
-    """The answer, and further right ones where the column holds a list of texts."""
-    column = columns.response or columns.label
-    value = values.get(column or "") if columns.response else _label(values, columns)
-    if isinstance(value, list) and value and all(isinstance(v, str) and v.strip() for v in value):
-        return value[0], value[1:]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # Classes and results are often written as numbers; the model learns to write them.
-        value = json.dumps(value)
-    return _text({**values, column or "": value}, column, "answer"), []
+    """The answer, and further right ones where the column holds several."""
+    if not columns.response:
+        label = _label(values, columns)
+        several = ", ".join(label) if isinstance(label, list) else label
+        value: Any = json.dumps(several) if isinstance(several, int) else several
+        return _text({**values, columns.label or "": value}, columns.label, "answer"), []
+    column = columns.response
+    value = values.get(column)
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        # SQuAD's answers: {"text": [...], "answer_start": [...]}.
+        value = value["text"]
+    if isinstance(value, list) and value and all(isinstance(v, str) and v.strip() for v in map(_written, value)):
+        first, *others = dict.fromkeys(map(_written, value))
+        return first, others
+    return _text({**values, column: _written(value)}, column, "answer"), []
+
+
+def _written(value: Any) -> Any:
+    """Classes and results are often written as numbers; the model learns to write them."""
+    return json.dumps(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _label(values: dict[str, Any], columns: Columns) -> str | int | list[str] | None:
+    """The class of a row, or its classes, by name where data.columns.label_names has names."""
     value = values.get(columns.label) if columns.label else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, float):
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [str(_class(v, columns)) for v in value]
+    return _class(value, columns)
+
+
+def _class(value: Any, columns: Columns) -> str | int:
+    if isinstance(value, bool):
+        value = json.dumps(value)
+    elif isinstance(value, float):
         # A table writes whole numbers as floats where some are missing.
-        return int(value) if value.is_integer() else json.dumps(value)
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = int(value) if value.is_integer() else json.dumps(value)
+    if not isinstance(value, (str, int)):
+        raise Unfit(
+            "wrong_type", f"column {columns.label!r} holds {shorten(value)} where a class belongs", columns.label, value
+        )
+    names = columns.label_names
+    if not names or (isinstance(value, str) and (not value.strip() or value in names.values())):
         return value
-    raise Unfit(
-        "wrong_type", f"column {columns.label!r} holds {shorten(value)} where a class belongs", columns.label, value
-    )
+    key = str(value).strip()
+    name = names.get(key, names.get(key.removesuffix(".0")))
+    if name is None:
+        known = ", ".join(f"{number} ({name})" for number, name in names.items())
+        raise Unfit(
+            "unknown_label",
+            f"column {columns.label!r} holds the class {shorten(value)}; data.columns.label_names has {known}",
+            columns.label,
+            value,
+            "name this class too, or mend the row",
+        )
+    return name
 
 
 def _references(values: dict[str, Any], columns: Columns) -> list[str]:
@@ -276,10 +318,24 @@ def _references(values: dict[str, Any], columns: Columns) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        # A table's cell holds a list as JSON.
+        listed = _json_list(value)
+        if listed is None:
+            return [value]
+        value = listed
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in map(_written, value)):
         raise Unfit("wrong_type", "the references must be a list of texts", columns.references, value)
-    return value
+    return [_written(v) for v in value]
+
+
+def _json_list(text: str) -> list[Any] | None:
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return parsed if isinstance(parsed, list) else None
 
 
 def _past(history: Any) -> list[dict[str, Any]]:

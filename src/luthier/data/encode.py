@@ -10,12 +10,18 @@ import numpy as np
 
 from luthier.data.examples import Reject, Source, TrainingExample
 from luthier.data.render import Rendered, Renderer, RenderError
+from luthier.data.words import WordTokenizer, byte_letters
 from luthier.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNKNOWN_SOURCE = Source("examples given in Python", 0)
+Run = tuple[int, int]
+"""A half-open range of tokens."""
+
+# Of the rows that are encoded word by word, one in so many is encoded by the tokenizer too, and must be the same.
+_COMPARED = 50
 
 
 @dataclass(slots=True)
@@ -59,16 +65,20 @@ class Encoder:
         renderer: holds the tokenizer, which must be a fast one (it gives character offsets).
         max_length: longest example in tokens; None: no limit.
         truncation: ``reject``, ``cut`` or ``split`` for longer ones.
+        by_words: encode word by word where the tokenizer allows it; the ids are the same.
 
     Raises:
         UserError: the tokenizer gives no character offsets.
     """
 
-    def __init__(self, renderer: Renderer, *, max_length: int | None = None, truncation: str = "reject") -> None:
+    def __init__(
+        self, renderer: Renderer, *, max_length: int | None = None, truncation: str = "reject", by_words: bool = True
+    ) -> None:
         self.renderer = renderer
         self.tokenizer: PreTrainedTokenizerBase = renderer.tokenizer
         self.max_length = max_length
         self.truncation = truncation
+        self.by_words = by_words
         if not self.tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer {type(self.tokenizer).__name__} gives no character offsets",
@@ -76,57 +86,121 @@ class Encoder:
             )
 
         self._missing = missing_bytes(self.tokenizer)
+        self._words = WordTokenizer.of(self.tokenizer) if by_words else None
+        self._count = 0
 
     def encode(self, examples: Sequence[TrainingExample], *, chunk: int = 1000) -> Encoded:
         """Every example as token ids, or as a reject that says why not."""
         result = Encoded()
-        for begin in range(0, len(examples), chunk):
-            rendered: list[tuple[int, Rendered]] = []
-            for index in range(begin, min(begin + chunk, len(examples))):
-                try:
-                    whole = self.renderer.render(examples[index])
-                    whole.text.encode("utf-8")
-                    rendered.append((index, whole))
-                except UnicodeEncodeError as error:
-                    message = f"the text has half a character (a lone surrogate) at {error.start:,}"
-                    result.rejects.append(_reject(examples[index], "half_character", message, "mend the text"))
-                except RenderError as error:
-                    result.rejects.append(_reject(examples[index], error.reason, str(error), error.remedy))
-            for index, item in self._tokenise(rendered, examples):
-                kept = [item] if isinstance(item, Reject) else list(self._fit(item, examples[index]))
-                if kept and isinstance(kept[0], Reject):
-                    result.rejects.append(kept[0])
+        try:
+            for item in self.stream(examples, chunk=chunk):
+                if isinstance(item, Reject):
+                    result.rejects.append(item)
                 else:
-                    result.examples.extend(e for e in kept if isinstance(e, EncodedExample))
+                    result.examples.append(item)
+        except WordsDiffer:
+            self.distrust_words()
+            return self.encode(examples, chunk=chunk)
         return result
 
-    def _tokenise(
-        self, rendered: list[tuple[int, Rendered]], examples: Sequence[TrainingExample]
-    ) -> Iterator[tuple[int, EncodedExample | Reject]]:
+    def stream(
+        self, examples: Iterable[TrainingExample], *, first: int = 0, chunk: int = 1000
+    ) -> Iterator[EncodedExample | Reject]:
+        """Every example as token ids or as a reject, in order, in constant memory.
+
+        Args:
+            examples: any number.
+            first: the number of the first one.
+            chunk: how many are tokenised at a time.
+
+        Raises:
+            WordsDiffer: begin again, after :meth:`distrust_words`.
+        """
+        taken: list[TrainingExample] = []
+        for example in examples:
+            taken.append(example)
+            if len(taken) == chunk:
+                yield from self._encode(taken, first)
+                first += len(taken)
+                taken = []
+        yield from self._encode(taken, first)
+
+    def distrust_words(self) -> None:
+        """From now on encode by the tokenizer alone."""
+        self.by_words = False
+        self._words = None
+
+    def _encode(self, examples: Sequence[TrainingExample], first: int) -> Iterator[EncodedExample | Reject]:
+        rendered: list[Rendered | None] = []
+        refused: dict[int, Reject] = {}
+        for number, example in enumerate(examples):
+            rendered.append(None)
+            try:
+                whole = self.renderer.render(example)
+                whole.text.encode("utf-8")
+                rendered[-1] = whole
+            except UnicodeEncodeError as error:
+                message = f"the text has half a character (a lone surrogate) at {error.start:,}"
+                refused[number] = _reject(example, "half_character", message, "mend the text")
+            except RenderError as error:
+                refused[number] = _reject(example, error.reason, str(error), error.remedy)
+        tokenised = iter(self._tokenise([r for r in rendered if r is not None]))
+        for number, (example, whole_or_none) in enumerate(zip(examples, rendered, strict=True)):
+            if whole_or_none is None:
+                yield refused[number]
+                continue
+            ids, runs = next(tokenised)
+            lost = self._lost(whole_or_none.text, ids)
+            if lost:
+                message = f"the model's vocabulary has no token for {shorten(lost)}, which would vanish from the text"
+                yield _reject(example, "characters_lost", message, "take these characters out")
+                continue
+            yield from self._fit(EncodedExample(ids, mask(runs, len(ids)), example.source, first + number), example)
+
+    def _tokenise(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, list[Run]]]:
+        """Ids of each text, and the ranges of them that are trained."""
+        result: list[tuple[np.ndarray, list[Run]] | None] = [None] * len(rendered)
+        compared: list[int] = []
+        if self._words is not None:
+            for number, item in enumerate(rendered):
+                found = self._words.encode(item.text, item.spans) if self._words.covers(item.text) else None
+                if found is not None:
+                    result[number] = (np.array(found[0], dtype=np.int32), found[1])
+                    self._count += 1
+                    if self._count <= _COMPARED or self._count % _COMPARED == 0:
+                        compared.append(number)
+        left = [number for number, made in enumerate(result) if made is None]
+        by_tokenizer = self._by_tokenizer([rendered[number] for number in [*left, *compared]])
+        for number, made in zip(left, by_tokenizer, strict=False):
+            result[number] = made
+        for number, made in zip(compared, by_tokenizer[len(left) :], strict=True):
+            ours = result[number]
+            if (
+                ours is None
+                or not np.array_equal(ours[0], made[0])
+                or not np.array_equal(mask(ours[1], len(made[0])), mask(made[1], len(made[0])))
+            ):
+                raise WordsDiffer
+        return [made for made in result if made is not None]
+
+    def _by_tokenizer(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, list[Run]]]:
         if not rendered:
-            return
+            return []
         batch = self.tokenizer(
-            [r.text for _, r in rendered],
+            [r.text for r in rendered],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             truncation=False,
             verbose=False,
         )
-        for (index, item), ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
+        made = []
+        for item, ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
             ranges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-            lost = self._lost(item.text, ids)
-            if lost:
-                message = f"the model's vocabulary has no token for {shorten(lost)}, which would vanish from the text"
-                yield index, _reject(examples[index], "characters_lost", message, "take these characters out")
-                continue
-            trained = trained_tokens(ranges, item.spans)
-            yield (
-                index,
-                EncodedExample(np.asarray(ids, dtype=np.int32), trained, examples[index].source, index),
-            )
+            made.append((np.asarray(ids, dtype=np.int32), runs_of(trained_tokens(ranges, item.spans))))
+        return made
 
-    def _lost(self, text: str, ids: list[int]) -> str:
+    def _lost(self, text: str, ids: np.ndarray) -> str:
         """Characters of a text that its tokens do not hold."""
         if self._missing and not self._missing.isdisjoint(text.encode("utf-8")):
             return "".join(c for c in text if not self._missing.isdisjoint(c.encode("utf-8")))
@@ -169,21 +243,19 @@ class Encoder:
         yield item
 
 
+class WordsDiffer(RuntimeError):
+    """A text's tokens, word by word, are not those of its tokenizer. Never seen; the rows before it are in doubt."""
+
+
 def missing_bytes(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Bytes that a byte-level vocabulary has no token for, and whose characters its tokenizer drops in silence.
 
-    SmolLM2's lacks some control characters and the bytes of unassigned planes. The table from bytes to the letters
-    that stand for them is that of GPT-2 (Radford et al., 2019): printable ones are themselves, the others follow
-    from U+0100 on.
+    SmolLM2's lacks some control characters and the bytes of unassigned planes.
     """
     if '"ByteLevel"' not in tokenizer.backend_tokenizer.to_str():
         return frozenset()
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in letters]
-    letters |= {byte: chr(256 + n) for n, byte in enumerate(others)}
     vocabulary = tokenizer.get_vocab()
-    return frozenset(byte for byte, letter in letters.items() if letter not in vocabulary)
+    return frozenset(byte for byte, letter in byte_letters().items() if letter not in vocabulary)
 
 
 def trained_tokens(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
@@ -201,6 +273,21 @@ def trained_tokens(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.
     for begin, stop in spans:
         # A token without characters of its own (some tokenizers have them) belongs where it stands.
         trained |= np.where(end > start, (end > begin) & (start < stop), (start >= begin) & (start < stop))
+    trained[:1] = False
+    return trained
+
+
+def runs_of(trained: np.ndarray) -> list[Run]:
+    """The ranges of consecutive trained tokens of a mask, ``[n] bool``."""
+    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def mask(runs: Iterable[Run], length: int) -> np.ndarray:
+    """The inverse of :func:`runs_of`; the first token is never trained."""
+    trained = np.zeros(length, dtype=bool)
+    for begin, end in runs:
+        trained[begin:end] = True
     trained[:1] = False
     return trained
 

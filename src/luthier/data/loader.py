@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from luthier.data.columns import settle, to_example
 from luthier.data.examples import Message, Reject, TaskType, TrainingExample
-from luthier.data.readers import Row, read_rows
+from luthier.data.readers import kind_of, open_reader
+from luthier.data.sources import Reading, read_examples, read_file
 from luthier.data.split import split_examples
 from luthier.errors import UserError
-from luthier.recipe import Columns
+from luthier.recipe import Columns, Source
 
 
 @dataclass(slots=True)
@@ -28,32 +28,41 @@ class Loaded:
 
 
 def load_file(path: str | Path, columns: Columns | None = None, task_type: TaskType = TaskType.CAUSAL_LM) -> Loaded:
-    """Every row of a file as an example or as a reject.
+    """Every row of a file as an example or as a reject, in memory; :func:`luthier.data.sources.read_examples` gives
+    them one by one.
 
     Args:
-        path: .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
+        path: a file of one of :data:`luthier.data.readers.FORMATS`.
         columns: which column holds what; None or empty: recognised.
         task_type: given to every example.
 
     Raises:
         UserError: the file cannot be read, or its columns are of no known format.
     """
-    rows = list(read_rows(path))
-    readable = [row for row in rows if isinstance(row, Row)]
-    examples: list[TrainingExample] = []
-    rejects: list[Reject] = []
-    if not readable:
-        return Loaded([], [r for r in rows if isinstance(r, Reject)], len(rows), "unreadable")
-    # By every row, not the first few: a system message or a further input may first appear late.
-    found = settle(readable, columns, path)
-    for row in rows:
-        made = row if isinstance(row, Reject) else to_example(row, found.columns, task_type)
-        if isinstance(made, Reject):
-            rejects.append(made)
+    return _loaded(read_file(open_reader(path), columns, task_type))
+
+
+def load_source(
+    source: Source | str, columns: Columns | None = None, task_type: TaskType = TaskType.CAUSAL_LM
+) -> Loaded:
+    """As :func:`load_file`, of a recipe's source: a file, a folder, a glob or a hub data set.
+
+    Raises:
+        UserError: see :func:`luthier.data.sources.read_examples`.
+    """
+    return _loaded(read_examples(source, columns, task_type))
+
+
+def _loaded(reading: Reading) -> Loaded:
+    loaded = Loaded([], [], 0, "")
+    for row in reading:
+        if isinstance(row, Reject):
+            loaded.rejects.append(row)
         else:
-            examples.append(made)
-    assert len(rows) == len(examples) + len(rejects)
-    return Loaded(examples, rejects, len(rows), found.name)
+            loaded.examples.append(row)
+    loaded.rows_in, loaded.format = reading.rows_in, reading.format
+    assert loaded.rows_in == len(loaded.examples) + len(loaded.rejects)
+    return loaded
 
 
 class DatasetLoader:
@@ -122,16 +131,48 @@ class DatasetLoader:
         """Add the rows of a Parquet file; see :meth:`load_from_json`."""
         return self._load(path, (".parquet",), columns)
 
-    def _load(self, path: str | Path, kinds: tuple[str, ...], columns: dict[str, str]) -> DatasetLoader:
-        suffix = Path(path).suffix.lower()
-        if suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet") and suffix not in kinds:
+    def load_from_excel(self, path: str | Path, sheet: str | None = None, **columns: str) -> DatasetLoader:
+        """Add the rows of an Excel sheet whose first row names the columns; see :meth:`load_from_json`.
+
+        Args:
+            path: the workbook.
+            sheet: the sheet's name; None: the first.
+            **columns: as for the other formats.
+        """
+        return self._load(path, (".xlsx",), columns, subset=sheet)
+
+    def load(
+        self, path: str | Path, *, subset: str | None = None, split: str = "train", **columns: str
+    ) -> DatasetLoader:
+        """Add the rows of whatever a recipe's ``data.train`` may name: a file, a folder, a glob or ``hub:OWNER/NAME``.
+
+        Args:
+            path: where the rows are.
+            subset: configuration of a hub data set, or sheet of an Excel file.
+            split: of a data set that has several.
+            **columns: as for :meth:`load_from_json`.
+
+        Raises:
+            UserError: see :func:`luthier.data.sources.read_examples`.
+        """
+        return self._load(path, (), columns, subset=subset, split=split)
+
+    def _load(self, path: str | Path, kinds: tuple[str, ...], columns: dict[str, str], **chosen: Any) -> DatasetLoader:
+        kind = kind_of(Path(path))
+        if kinds and kind is not None and kind.format not in kinds:
             raise UserError(
-                f"{Path(path).name!r} is no {kinds[0]} file", where=str(path), remedy=f"use load_from_{_verb(suffix)}"
+                f"{Path(path).name!r} is no {kinds[0]} file",
+                where=str(path),
+                remedy=f"use load_from_{_verb(kind.format)}",
             )
         unknown = sorted(set(columns) - set(Columns.model_fields))
         if unknown:
             raise UserError(f"unknown column role {unknown[0]!r}", remedy=f"known: {', '.join(Columns.model_fields)}")
-        loaded = load_file(path, Columns(**columns), self.task_type)
+        found = Columns(**columns)
+        if kinds:
+            loaded = _loaded(read_file(open_reader(path, chosen.get("subset")), found, self.task_type))
+        else:
+            loaded = load_source(Source(path=str(path), **chosen), found, self.task_type)
         if loaded.rejects and self.on_error == "raise":
             bad = loaded.rejects[0]
             raise UserError(bad.message, where=f"{bad.file}:{bad.line}", remedy=bad.remedy)
@@ -172,4 +213,4 @@ class DatasetLoader:
 
 
 def _verb(suffix: str) -> str:
-    return {".tsv": "csv", ".ndjson": "jsonl"}.get(suffix, suffix.removeprefix("."))
+    return {".tsv": "csv", ".ndjson": "jsonl", ".xlsx": "excel"}.get(suffix, suffix.removeprefix("."))

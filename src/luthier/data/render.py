@@ -1,34 +1,50 @@
 """From an example to text, and to the spans of it that are trained.
 
 The model's own chat template is the only authority. A conversation is rendered once; what the assistant must
-produce is found in that text by character position.
+produce is found in that text by character position: it is whatever follows the prompt that serving would render.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.chat_template import (
+    PLAIN_TEMPLATE,
+    ChatTemplate,
+    RenderError,
+    Tools,
+    chat_template,
+    plain_json,
+    special_tokens,
+)
+from luthier.data.conversations import REASONING, Unfit, marked, reasoning_and_rest
 from luthier.data.examples import Message, TrainingExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# For models without a template of their own. The tokenizer is saved with it, so that serving renders the same.
-PLAIN_TEMPLATE = (
-    "{%- if tools %}{{ '### Tools:\\n' + (tools | tojson) + '\\n\\n' }}{% endif %}"
-    "{%- for message in messages %}"
-    "{{- '### ' + message['role'] | capitalize + ':\\n' }}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{%- if message['content'] %}{{ message['content'] }}{% endif %}"
-    "{%- if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"
-    "{{- eos_token + '\\n\\n' }}"
-    "{%- else %}{{ message['content'] + '\\n\\n' }}{% endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "RenderError",
+    "Rendered",
+    "Renderer",
+    "end_of_turn",
+    "end_of_turn_ids",
+    "prompt_messages",
+    "prompt_text",
+    "special_tokens",
+    "template_text",
+]
+
+# What a row's notes say; the pre-flight counts them.
+REASONING_DROPPED = "earlier_reasoning_dropped"
+REASONING_INLINE = "reasoning_in_content"
+REASONING_COMPLETED = "reasoning_completed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +56,14 @@ class Rendered:
     """Half-open character ranges of ``text`` that are trained, in order: answers with their end-of-turn."""
     prompts: tuple[str, ...]
     """For each span, what serving would render before the model speaks (empty for plain text)."""
-
-
-class RenderError(ValueError):
-    """An example that cannot be rendered: ``reason`` is a reject code, the message says why."""
-
-    def __init__(self, reason: str, message: str, remedy: str | None = None) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.remedy = remedy
+    notes: tuple[str, ...] = ()
+    """What the template does to this row that its owner may not expect, as codes."""
 
 
 def template_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
-    tools: list[dict[str, Any]] | None = None,
+    tools: Tools | None = None,
     *,
     add_generation_prompt: bool,
 ) -> str:
@@ -63,26 +72,10 @@ def template_text(
     Raises:
         RenderError: the template refuses these turns.
     """
-    import jinja2
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,  # type: ignore[arg-type]
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise RenderError("template_refuses", f"the chat template refuses these turns: {error}") from error
+    return chat_template(tokenizer).text(messages, tools, add_generation_prompt=add_generation_prompt)
 
 
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools | None = None) -> str:
     """The text that a model answers to: the turns so far and the opening of the assistant's turn.
 
     Tokenise it with ``add_special_tokens=False``: the template has written every control token.
@@ -99,34 +92,21 @@ def prompt_messages(example: TrainingExample, system: str | None = None) -> list
     return messages
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokenizer's control tokens as text: what no user text may hold."""
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len, reverse=True)
-
-
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The control token that closes an assistant turn in this template, or None where it closes with plain text.
 
     The template itself is asked: a conversation is rendered and the first token of the vocabulary's added ones
-    after the answer is taken.
+    after the answer is taken. Where nothing follows an answer (GLM-4), it is the token that opens the next turn.
     """
-    mark = "LUTHIER-ANSWER"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-    try:
-        text = template_text(tokenizer, turns, add_generation_prompt=False)
-    except RenderError:
-        return tokenizer.eos_token
-    tail = text[text.rfind(mark) + len(mark) :]
-    candidates = {str(t) for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    found = [(tail.find(token), -len(token), token) for token in candidates if token and token in tail]
-    return min(found)[2] if found else None
+    closing = chat_template(tokenizer).closing
+    return closing.token if closing else None
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids at which an answer ends: the template's end-of-turn and the tokenizer's end-of-sequence."""
-    tokens = [end_of_turn(tokenizer), tokenizer.eos_token]
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
+    """Token ids at which an answer ends: the template's ends of turns and the tokenizer's end-of-sequence."""
+    template = chat_template(tokenizer)
+    tokens = [closing.token for closing in (template.closing, template.call_closing) if closing]
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in [*tokens, tokenizer.eos_token] if token]
     return list(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
 
 
@@ -136,7 +116,8 @@ class Renderer:
     Args:
         tokenizer: a tokenizer with a chat template.
         system: a system message for conversations that have none.
-        train_on: which spans are trained: every ``answers`` turn, the ``last_answer`` or ``all`` of the text.
+        train_on: which spans are trained: every ``answers`` turn, the ``last_answer`` or ``all`` of the text. A turn
+            marked ``train: false`` never is, one marked ``train: true`` always.
         allow_special_tokens: render rows whose text holds control tokens, instead of refusing them.
     """
 
@@ -149,15 +130,27 @@ class Renderer:
         allow_special_tokens: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
         self.system = system
         self.train_on = train_on
-        self.end_of_turn = end_of_turn(tokenizer)
+        self.end_of_turn = self.template.closing.token if self.template.closing else None
         specials = special_tokens(tokenizer)
-        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+        self._special_in_answer = self.template.controls
         self.allow_special_tokens = allow_special_tokens
         # A tokenizer that opens plain text with BOM or closes it with EOS says so by what it adds.
         opening = tokenizer("text").input_ids[:1] if tokenizer.bos_token_id is not None else []
         self._bos = tokenizer.bos_token if opening == [tokenizer.bos_token_id] else ""
+
+    def render_many(self, examples: Iterable[TrainingExample]) -> list[Rendered | RenderError]:
+        """Each example rendered, or the error that says why it cannot be."""
+        results: list[Rendered | RenderError] = []
+        for example in examples:
+            try:
+                results.append(self.render(example))
+            except RenderError as error:
+                results.append(error)
+        return results
 
     def render(self, example: TrainingExample) -> Rendered:
         """The example's text, its trained spans and the prompt that serving would render before each.
@@ -167,47 +160,75 @@ class Renderer:
         """
         if example.is_plain_text:
             return self._plain(example.input)
-        messages = [self._speakable(m) for m in example.to_chat_format(self.system)]
-        for number, message in enumerate(messages, 1):
-            if message["role"] == "assistant" and not str(message["content"]).strip() and not message.get("tool_calls"):
-                raise RenderError("empty_answer", f"the answer (turn {number}) is empty", "give it a text")
-        if not self.allow_special_tokens:
-            for number, message in enumerate(messages, 1):
-                self._refuse_special(json.dumps(message, ensure_ascii=False), f"turn {number} ({message['role']})")
-        text = template_text(self.tokenizer, messages, example.tools, add_generation_prompt=False)
-        if example.tools and text == template_text(self.tokenizer, messages, None, add_generation_prompt=False):
-            raise RenderError(
-                "tools_ignored",
-                "the model's chat template does not render tools, so the model would never see them",
-                "name a template that does in model.chat_template, or leave the tools column out",
-            )
+        given = example.to_chat_format(self.system)
+        trained = self.trained_turns(given)
+        messages = self.template.prepare(given)
+        tools = plain_json(example.tools) if example.tools else None
+        self._check(messages, tools)
+        text = self._whole(messages, tools)
+        finder = _Spans(self.template, text, messages, tools, counts_own=self.allow_special_tokens)
+        finder.find(set(trained))
+        spans = finder.spans
+        text = finder.text
+        if any(m.get(k) for m in given if len(m) > 2 for k in REASONING) and not self.template.reads_reasoning:
+            finder.notes.append(REASONING_INLINE)
+        notes = tuple(dict.fromkeys(finder.notes))
+        if self.train_on == "all":
+            untrained = [spans[i][:2] for i in spans if i not in trained]
+            kept = tuple(_without((0, len(text)), untrained))
+            return Rendered(text, kept, ("",) * len(kept), notes)
+        return Rendered(text, tuple(spans[i][:2] for i in trained), tuple(spans[i][2] for i in trained), notes)
+
+    def trained_turns(self, messages: list[Message]) -> list[int]:
+        """Which turns are trained: positions in ``messages`` of assistant turns.
+
+        Raises:
+            RenderError: there is none.
+        """
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
             raise RenderError("no_assistant_turn", "the conversation has no assistant turn, so nothing is trained")
-        if self.train_on == "all":
-            return Rendered(text, ((0, len(text)),), ("",))
-        spans: list[tuple[int, int]] = []
-        prompts: list[str] = []
-        cursor = 0
-        for i in turns:
-            start, end, prompt = self._span(text, messages, i, example.tools, cursor)
-            spans.append((start, end))
-            prompts.append(prompt)
-            cursor = end
-        if self.train_on == "last_answer":
-            spans, prompts = spans[-1:], prompts[-1:]
-        return Rendered(text, tuple(spans), tuple(prompts))
+        try:
+            marks = [marked(messages[i]) if len(messages[i]) > 2 else None for i in turns]
+        except Unfit as error:
+            raise RenderError(error.reason, str(error), error.remedy) from None
+        usual = turns[-1:] if self.train_on == "last_answer" else turns
+        trained = [i for i, mark in zip(turns, marks, strict=True) if mark or (mark is None and i in usual)]
+        if not trained:
+            raise RenderError(
+                "nothing_trained",
+                "every answer that would be trained is marked train: false",
+                "mark an answer train: true, or leave the row out",
+            )
+        return trained
 
     def _plain(self, text: str) -> Rendered:
         if not text.strip():
             raise RenderError("empty_text", "the text is empty", "give it a text")
         if not self.allow_special_tokens:
-            self._refuse_special(text, "the text")
+            self._refuse_special(self._special, text, "the text")
         whole = f"{self._bos}{text}{self.tokenizer.eos_token or ''}"
         return Rendered(whole, ((len(self._bos or ""), len(whole)),), (self._bos or "",))
 
-    def _refuse_special(self, text: str, place: str) -> None:
-        found = self._special.search(text) if self._special else None
+    def _check(self, messages: list[Message], tools: Tools | None) -> None:
+        """Refuses empty answers and control tokens in the row's own text."""
+        for number, message in enumerate(messages, 1):
+            role, content = message["role"], message["content"]
+            if not isinstance(content, str):
+                raise RenderError("not_text", f"turn {number} ({role}) is no text", "write its content as one text")
+            if role == "assistant" and not (content.strip() or message.get("tool_calls")):
+                raise RenderError("empty_answer", f"the answer (turn {number}) is empty", "give it a text")
+            if self.allow_special_tokens:
+                continue
+            pattern = self._special_in_answer if role == "assistant" else self._special
+            for said in (content,) if len(message) == 2 else strings(message):
+                self._refuse_special(pattern, said, f"turn {number} ({role})")
+        if tools and not self.allow_special_tokens:
+            for said in strings(tools):
+                self._refuse_special(self._special, said, "a tool")
+
+    def _refuse_special(self, pattern: re.Pattern[str], text: str, place: str) -> None:
+        found = pattern.search(text)
         if found:
             raise RenderError(
                 "special_token_in_text",
@@ -215,54 +236,205 @@ class Renderer:
                 "remove it from the text, or set data.special_tokens_in_text=allow if it is meant",
             )
 
-    @staticmethod
-    def _speakable(message: Message) -> Message:
-        """Templates join contents as text: an assistant turn that only calls tools has an empty one, not None."""
-        return {**message, "content": ""} if message.get("content") is None else message
-
-    def _span(
-        self,
-        text: str,
-        messages: list[Message],
-        index: int,
-        tools: list[dict[str, Any]] | None,
-        cursor: int,
-    ) -> tuple[int, int, str]:
-        """Where the assistant turn ``messages[index]`` stands in ``text``, and the prompt that leads to it."""
-        message = messages[index]
-        answer = str(message["content"]).strip()
+    def _whole(self, messages: list[Message], tools: Tools | None) -> str:
+        """The conversation as text, in which nothing that was asked is missing."""
+        template = self.template
         try:
-            prompt = template_text(self.tokenizer, messages[:index], tools, add_generation_prompt=True)
-        except RenderError:
-            prompt = ""
-        # What the model must produce is whatever follows the prompt that serving renders. Templates that rewrite
-        # earlier turns (dropping their reasoning, say) break that prefix; the answer is then searched.
-        start = len(prompt) if prompt and len(prompt) >= cursor and text.startswith(prompt) else -1
-        said = text.find(answer, max(start, cursor))
-        if said < 0 and "</think>" in answer:
-            answer = answer.rpartition("</think>")[2].strip()
-            said = text.find(answer, max(start, cursor))
-        if said < 0:
+            text = template.write(messages, tools, add_generation_prompt=False)
+        except RenderError as error:
+            raise RenderError(error.reason, str(error), self._remedy(messages, tools)) from error
+        if tools and text == template.write(messages, None, add_generation_prompt=False):
             raise RenderError(
-                "answer_altered",
-                f"the chat template changes the answer of turn {index + 1}, so it cannot be found in the text",
-                "check the model's chat template, or name another in model.chat_template",
+                "tools_ignored",
+                "the model's chat template does not render tools, so the model would never see them",
+                "name a template that does in model.chat_template, or leave the tools column out",
             )
-        if start < 0:
-            start = said
-        for call in message.get("tool_calls") or []:
-            name = str(call.get("function", call).get("name"))
-            said_call = text.find(name, said)
-            if said_call < 0:
+        for number, message in enumerate(messages, 1):
+            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
                 raise RenderError(
-                    "tool_call_ignored",
-                    f"the chat template does not render the call of {name!r} in turn {index + 1}",
-                    "name a template that does in model.chat_template",
+                    "turn_ignored",
+                    f"the chat template leaves out or changes the text of turn {number} ({message['role']})",
+                    "name another template in model.chat_template, or put the text into a user's turn",
                 )
-            said = max(said, said_call)
-        end = said + len(answer) if not message.get("tool_calls") else said
-        if self.end_of_turn is not None:
-            closing = text.find(self.end_of_turn, end)
-            if closing >= 0 and (message.get("tool_calls") or not text[end:closing].strip()):
-                end = closing + len(self.end_of_turn)
-        return start, end, prompt
+        return text
+
+    def _remedy(self, messages: list[Message], tools: Tools | None) -> str:
+        rest = [m for m in messages if m["role"] not in ("system", "developer")]
+        if len(rest) < len(messages) and self.template.try_text(rest, tools) is not None:
+            return "this model takes no system turn: put its text before the first question, and leave data.system out"
+        if any(a["role"] == b["role"] for a, b in pairwise(rest)) or rest[0]["role"] != "user":
+            return "begin with a user turn and join neighbouring turns of one role, or name another model.chat_template"
+        return "change the turns, or name another template in model.chat_template"
+
+
+class _Spans:
+    """Where the assistant's turns stand in the text of one conversation."""
+
+    def __init__(
+        self, template: ChatTemplate, text: str, messages: list[Message], tools: Tools | None, *, counts_own: bool
+    ) -> None:
+        self.template = template
+        self.text = text
+        self.messages = messages
+        self.tools = tools
+        self.counts_own = counts_own
+        self.spans: dict[int, tuple[int, int, str]] = {}
+        """By turn: begin and end of what the model must say, and the prompt before it."""
+        self.notes: list[str] = []
+
+    def find(self, trained: set[int]) -> None:
+        """Finds every assistant turn.
+
+        Raises:
+            RenderError: a turn is not in the text as the row has it.
+        """
+        last = max(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
+        cursor = previous = 0
+        for i, message in enumerate(self.messages):
+            if message["role"] != "assistant":
+                continue
+            try:
+                prompt = self.template.write(self.messages[:i], self.tools, add_generation_prompt=True)
+            except RenderError:
+                prompt = ""
+            exact = bool(prompt) and len(prompt) >= cursor and self.text.startswith(prompt)
+            start = len(prompt) if exact else self._aligned(prompt, i, previous, cursor)
+            end = self._end(start, i, exact)
+            self.spans[i] = (start, end, prompt)
+            self._check_reasoning(i, i == last and i in trained)
+            cursor, previous = self.spans[i][1], i + 1
+
+    def _aligned(self, prompt: str, i: int, previous: int, cursor: int) -> int:
+        """Where a turn begins although the text does not begin with its prompt: the template rewrites what is before.
+
+        The turns in between are passed over, and what the prompt has behind the last of them is passed as far as
+        the text agrees.
+        """
+        place = cursor
+        for message in self.messages[previous:i]:
+            content = message["content"].strip()
+            found = self.text.find(content, place) if content else -1
+            place = found + len(content) if found >= 0 else place
+        before = self.messages[i - 1]["content"].strip() if i else ""
+        if i and previous < i and before and before in prompt:
+            suffix = prompt[prompt.rfind(before) + len(before) :]
+            return place + _shared(suffix, self.text[place : place + len(suffix)])
+        opening = self.template.opening
+        found = self.text.find(opening, place)
+        return found + len(opening) if found >= 0 else place
+
+    def _end(self, start: int, i: int, exact: bool) -> int:
+        """The end of a turn that begins at ``start``, its end-of-turn included."""
+        message = self.messages[i]
+        calls = message.get("tool_calls") or []
+        said, end = self._closed(start, i, bool(calls))
+        segment = self.text[start:said].rstrip()
+        answer = message["content"].strip()
+        thought, rest = reasoning_and_rest(answer)
+        if not (answer in segment if calls else segment.endswith(answer)):
+            answer = rest.strip()
+        if not (answer in segment if calls else segment.endswith(answer)):
+            raise self._altered(i, "answer_altered", "changes the answer")
+        if not exact and not calls:
+            ahead = segment[: len(segment) - len(answer)].strip()
+            if ahead and not ahead.startswith("<think>") and not (thought and thought in ahead):
+                raise self._altered(i, "answer_altered", "changes what stands around the answer")
+        for call in calls:
+            inner = call.get("function", call)
+            needed = [str(inner.get("name")), *strings(inner.get("arguments"))]
+            lost = next((s for s in needed if not _holds(segment, s)), None)
+            if lost is not None:
+                raise self._altered(i, "tool_call_ignored", f"does not render {lost!r} of the tool call")
+        return end
+
+    def _closed(self, start: int, i: int, calls: bool) -> tuple[int, int]:
+        """Where the end-of-turn of a turn that begins at ``start`` begins and ends."""
+        text, last = self.text, i + 1 == len(self.messages)
+        closing = self.template.call_closing if calls else self.template.closing
+        whole = len(text.rstrip())
+        if closing is None and not last:
+            answer = self.messages[i]["content"].strip()
+            found = text.find(answer, start)
+            whole = found + len(answer) if found >= 0 and not text[start:found].strip() else start
+        if closing is None:
+            return whole, whole
+        if not closing.written and last:
+            # The next turn's opening would end this one; there is none, so it is written here.
+            self.text = text[:whole] + closing.token
+            return whole, len(self.text)
+        ends = re.compile(re.escape(closing.token)) if closing.written else self.template.controls
+        own = sum(len(ends.findall(said)) for said in strings(self.messages[i])) if self.counts_own else 0
+        found_end = next(islice(ends.finditer(text, start), own, None), None)
+        return found_end.span() if found_end else (whole, whole)
+
+    def _altered(self, i: int, reason: str, what: str) -> RenderError:
+        return RenderError(
+            reason,
+            f"the chat template {what} of turn {i + 1}, so it cannot be found in the text",
+            "check the model's chat template, or name another in model.chat_template",
+        )
+
+    def _check_reasoning(self, i: int, must: bool) -> None:
+        """What the assistant thought before this turn is in its span; the last answer's must be."""
+        message = self.messages[i]
+        thought = message.get("reasoning_content") or reasoning_and_rest(message["content"])[0]
+        if not thought:
+            return
+        thought = thought.strip()
+        start, end, prompt = self.spans[i]
+        if thought in self.text[start:end]:
+            return
+        if not must:
+            self.notes.append(REASONING_DROPPED)
+        elif prompt.rstrip().endswith("<think>") and not message.get("tool_calls"):
+            # Serving opens the reasoning, and the template that closes it leaves it out of what was said before
+            # (DeepSeek-R1): the model must go on from that prompt.
+            rest = reasoning_and_rest(message["content"])[1]
+            said = f"{thought}\n</think>\n\n{rest.strip()}"
+            begin = self.text.rindex(rest.strip(), start, end)
+            tail = self.text[begin + len(rest.strip()) :]
+            self.text = prompt + said + tail
+            self.spans[i] = (len(prompt), len(prompt) + len(said) + end - begin - len(rest.strip()), prompt)
+            self.notes.append(REASONING_COMPLETED)
+        else:
+            raise RenderError(
+                "reasoning_dropped",
+                f"the chat template drops the reasoning of the last answer (turn {i + 1}), so it would not be trained",
+                "name a template in model.chat_template that keeps the last turn's <think>…</think>, "
+                "or take the reasoning out of the rows",
+            )
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a value of plain JSON, the keys of objects but the turn's own among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
+
+
+def _shared(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _holds(text: str, said: str) -> bool:
+    """Whether a text holds another, as it stands or as JSON writes it."""
+    return said in text or any(json.dumps(said, ensure_ascii=a)[1:-1] in text for a in (False, True))
+
+
+def _without(span: tuple[int, int], gaps: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """A range less some ranges in it, which are in order."""
+    begin, end = span
+    for gap_begin, gap_end in gaps:
+        if gap_begin > begin:
+            yield begin, gap_begin
+        begin = gap_end
+    if end > begin:
+        yield begin, end

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.errors import UserError
+from luthier.runfolder import cache_root
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,6 @@ CATALOGUE = {
         description="SmolLM2-135M-Instruct (Hugging Face), dequantised from Q4_1 to bfloat16",
     ),
 }
-
-
-def cache_root() -> Path:
-    """Where Luthier keeps what it can make again: ``$LUTHIER_CACHE``, else ``~/.cache/luthier``."""
-    root = os.environ.get("LUTHIER_CACHE")
-    if root:
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "luthier"
 
 
 def cached_folder(name: str) -> Path:

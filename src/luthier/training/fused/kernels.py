@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from luthier.models.catalogue import cache_root
+from luthier.runfolder import cache_root
 from luthier.training.fused.reference import Segments
 
 _SOURCES = ("simd.hpp", "attention.hpp", "kernels.cpp")

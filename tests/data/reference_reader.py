@@ -1,4 +1,4 @@
-"""Files to rows: JSON, JSONL, CSV, TSV and Parquet, in the encodings they come in; a row keeps its line."""
+"""The plain way to read a text file: all of it in memory at once. The readers must give what this gives."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier.data.examples import Reject, Source
+from luthier.data.readers import Row
 from luthier.errors import UserError, shorten
-
-FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -27,63 +25,17 @@ _BOMS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a file, not yet understood."""
-
-    values: dict[str, Any]
-    source: Source
-
-
-def read_rows(path: str | Path) -> Iterator[Row | Reject]:
-    """The rows of a file, in order. A row that cannot be read is a reject in its place.
-
-    Raises:
-        UserError: the file is missing, a folder, empty, of an unknown kind, or broken as a whole.
-    """
-    path = Path(path).expanduser()
-    kind = _kind(path)
-    if kind == ".parquet":
-        yield from _parquet(path)
-        return
+def read_rows(path: Path) -> Iterator[Row | Reject]:
+    """The rows of a file of text."""
     text, _ = read_text(path)
     if not text.strip():
         raise UserError(f"{str(path)!r} is empty", where=str(path), remedy="put rows into it")
-    if kind in (".csv", ".tsv"):
-        yield from _csv(text, path, "\t" if kind == ".tsv" else None)
-    elif not _is_jsonl(text) if kind == ".json" else _is_one_json(text):
+    if path.suffix in (".csv", ".tsv"):
+        yield from _csv(text, path, "\t" if path.suffix == ".tsv" else None)
+    elif not _is_jsonl(text) if path.suffix == ".json" else _is_one_json(text):
         yield from _json(text, path)
     else:
         yield from _jsonl(text, path)
-
-
-def encoding_of(path: str | Path) -> str:
-    """The encoding a file is read in; ``binary`` for Parquet."""
-    path = Path(path).expanduser()
-    return "binary" if _kind(path) == ".parquet" else read_text(path)[1]
-
-
-def _kind(path: Path) -> str:
-    if not path.exists():
-        near = [p.name for p in path.parent.glob("*") if p.suffix in FORMATS] if path.parent.is_dir() else []
-        hint = f"; its folder has {', '.join(sorted(near)[:5])}" if near else ""
-        raise UserError(f"the file {str(path)!r} does not exist", where=str(path), remedy=f"check the path{hint}")
-    if path.is_dir():
-        raise UserError(f"{str(path)!r} is a folder", where=str(path), remedy="name the files in it, one by one")
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(
-            f"{path.name!r} is of no known kind", where=str(path), remedy=f"rename or convert it: {', '.join(FORMATS)}"
-        )
-    return path.suffix.lower()
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{str(path)!r} cannot be read: {error.strerror}", where=str(path), remedy="check the file's permissions"
-        ) from None
 
 
 def read_text(path: Path) -> tuple[str, str]:
@@ -95,7 +47,7 @@ def read_text(path: Path) -> tuple[str, str]:
     Raises:
         UserError: it is in none of them.
     """
-    content = _content(path)
+    content = path.read_bytes()
     for mark, encoding in _BOMS:
         if content.startswith(mark):
             return _decoded(content.removeprefix(mark) if encoding == "utf-8" else content, encoding, path), encoding
@@ -368,26 +320,3 @@ def _check_header(header: list[str], path: Path) -> None:
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"two columns are called {twice!r}", where=f"{path}:1", remedy="give each its own name")
-
-
-def _parquet(path: Path) -> Iterator[Row | Reject]:
-    import pyarrow
-    import pyarrow.parquet
-
-    if path.stat().st_size == 0:
-        raise UserError(f"{str(path)!r} is empty", where=str(path), remedy="put rows into it")
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        _check_header(file.schema_arrow.names, path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1000):
-            for values in batch.to_pylist():
-                number += 1
-                # NaN in a table stands for a missing value.
-                clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
-                yield Row(clean, Source(str(path), number))
-    except (pyarrow.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"not a readable Parquet file: {first}", where=str(path), remedy="write it again") from None
-    if not number:
-        raise UserError("the file holds no row", where=str(path), remedy="put rows into it")
