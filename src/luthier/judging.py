@@ -19,6 +19,8 @@ from luthier.recipe import Recipe, apply_overrides
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from luthier.data.lint import Lint
+
 RECIPES = (".yaml", ".yml")
 
 
@@ -190,3 +192,25 @@ def convert_rows(subject: Subject, output: Path, to: str, *, force: bool = False
     if train.rejects:
         lines.append(f"  {len(train.rejects):,} rows could not be read and are left out")
     return lines
+
+
+def lint_of(subject: Subject, *, near: bool = True) -> Lint:
+    """The problems of a file, or of a recipe's training rows and what they share with its held-out ones.
+
+    Args:
+        subject: the file or recipe.
+        near: look for near copies too.
+    """
+    from luthier.data.lint import lint
+
+    data = subject.recipe.data
+    return lint(
+        subject.train.examples,
+        rejects=subject.train.rejects,
+        encoder=subject.encoder(allow_special_tokens=True),
+        max_length=data.max_length,
+        allowed_rejects=data.max_rejected_share,
+        near=data.near_threshold if near else None,
+        deduplicated=data.deduplicate != "none",
+        held_out={name: part.examples for name, part in subject.parts.items() if name != "train"},
+    )

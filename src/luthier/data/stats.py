@@ -18,12 +18,13 @@ import numpy as np
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TrainingExample
 from luthier.data.labels import Classes
-from luthier.data.language import language
 from luthier.data.prefixes import SHORTEST
 
 SAMPLE = 20_000
 LIMITS = (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
+UNSURE = "unsure"
+"""Too short, or too mixed, to tell its language."""
 _CHUNK = 1_000
 _EXTREMES = 5
 # Different system messages that are told apart; more of them are as good as one a row.
@@ -94,7 +95,7 @@ class Stats:
     """Tokens of the model's vocabulary."""
     characters_per_token: float = 0.0
     languages: dict[str, int] = field(default_factory=dict)
-    """Measured rows by language (ISO 639-1)."""
+    """Measured rows by language (ISO 639-1); ``unsure`` where a row is too short to tell."""
     shared_beginning: int = 0
     """Tokens that all measured rows begin with."""
     shared_share: float = 0.0
@@ -237,7 +238,7 @@ class _Tokens:
                     break
                 self._beyond[place] += row.trained[limit:].sum()
         self._count_characters(rows)
-        self._languages.update(language(_said(examples[row.index])) for row in rows)
+        self._languages.update(_language(examples[row.index]) for row in rows)
         room = _PREFIX_ROWS - len(self._beginnings)
         self._beginnings += [row.input_ids[:_PREFIX_TOKENS] for row in rows[:room]]
         named = sorted(((len(row), str(row.source or "")) for row in rows), key=lambda pair: pair[0])
@@ -280,12 +281,17 @@ class _Tokens:
         stats.shared_beginning, stats.shared_share = shared_beginnings(self._beginnings)
 
 
-def _said(example: TrainingExample) -> str:
-    """The words of a row that tell its language: what is asked and answered, without system messages and tools."""
+def _language(example: TrainingExample) -> str:
+    """The language of what is asked and answered in a row, without system messages and tools."""
+    from luthier.data.cleaning.language import detect_language
+
     if example.is_plain_text:
-        return example.input
-    turns = [m for m in example.to_chat_format() if m["role"] in ("user", "assistant")]
-    return "\n".join(str(m.get("content") or "")[:500] for m in turns[:4])
+        said = example.input
+    else:
+        turns = [m for m in example.to_chat_format() if m["role"] in ("user", "assistant")]
+        said = "\n".join(str(m.get("content") or "")[:500] for m in turns[:4])
+    found = detect_language(said)
+    return found[0] if found is not None else UNSURE
 
 
 def _summary(lengths: np.ndarray) -> Lengths:

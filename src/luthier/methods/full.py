@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from luthier.data.advice import FULL_IS_BETTER_FROM, rows_for
 from luthier.methods.base import Advice, TuningMethod, register
 from luthier.recipe import FullMethod
 
@@ -26,6 +27,10 @@ FULL = register(
         merges=False,
         learning_rate=2e-5,
         weight_decay=0.01,
-        advice=Advice(learning_rate=(1e-5, 5e-5), epochs=(1, 3), examples=(10_000, 50_000)),
+        advice=Advice(
+            learning_rate=(1e-5, 5e-5),
+            epochs=(1, 3),
+            examples=(rows_for("full", "full tuning")[0], FULL_IS_BETTER_FROM),
+        ),
     )
 )

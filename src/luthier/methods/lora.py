@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.data.advice import rows_for
 from luthier.errors import UserError
 from luthier.methods.base import Advice, TuningMethod, peft_warnings_apart, register
 from luthier.recipe import LoraMethod
@@ -56,6 +57,8 @@ LORA = register(
         merges=True,
         learning_rate=2e-4,
         weight_decay=0.0,
-        advice=Advice(learning_rate=(1e-4, 2e-4), epochs=(1, 3), examples=(100, 1_000), rank=(4, 16)),
+        advice=Advice(
+            learning_rate=(1e-4, 2e-4), epochs=(1, 3), examples=rows_for("lora", "a light adaptation"), rank=(4, 16)
+        ),
     )
 )
