@@ -38,7 +38,6 @@ def luthier(settings: Settings) -> Outcome:
         ``stages``: seconds and peak memory of each, in bytes: this process's, and that of its largest child.
     """
     from luthier.data.duplicates import find_copies
-
     from luthier.data.encode import Encoder
     from luthier.data.encoded import encode_rows
     from luthier.data.examples import TrainingExample

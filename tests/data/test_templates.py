@@ -13,15 +13,13 @@ import pytest
 from luthier.data.encode import Encoder
 from luthier.data.examples import TrainingExample
 from luthier.data.loader import load_file
-from luthier.data.render import Renderer, end_of_turn_ids, prompt_messages, prompt_text, template_text
+from luthier.data.render import Renderer, prompt_messages, prompt_text, template_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 FAMILIES = json.loads((TEMPLATES / "tokens.json").read_text(encoding="utf-8"))
 # Digits and line breaks are split as Llama 3, Qwen, DeepSeek and GLM split them. The small model's own splitting joins
 # two line breaks at a text's end and not before a word, so that no prompt that ends in two has the row's ids.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def family(tokenizer, name):

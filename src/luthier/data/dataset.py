@@ -14,7 +14,7 @@ import numpy as np
 from luthier.data.cleaning import Cleaning
 from luthier.data.duplicates import deduplicated
 from luthier.data.encode import EncodedExample, Encoder
-from luthier.data.encoded import encode_rows
+from luthier.data.encoded import encode_rows, lengths_of, trained_of
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.leakage import decontaminated
 from luthier.data.mixing import mix
@@ -50,13 +50,14 @@ class Part:
     """Variants made of rows."""
     set_aside: int = 0
     """Rows left out for the sake of the sources' weights, or because of data.max_examples."""
-    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Tokens of each encoded row."""
-    trained_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        return int(self.lengths.sum())
+        return int(lengths_of(self.encoded).sum())
+
+    @property
+    def trained_tokens(self) -> int:
+        return trained_of(self.encoded)
 
     def refuse(self, kept: np.ndarray, rejects: list[Reject]) -> None:
         """Keep some examples of those there are."""
@@ -303,7 +304,6 @@ def _encode(part: Part, encoder: Encoder, recipe: Recipe) -> None:
     part.refuse(rows.kept, rows.rejects)
     _stop_at_reject(part, recipe)
     part.encoded = rows
-    part.lengths, part.trained_tokens = rows.lengths, int(rows.trained.sum())
     made = part.rows_in + part.repeated + part.augmented
     assert made == len(part.examples) + len(part.rejects) + part.set_aside, part.name
 

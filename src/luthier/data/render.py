@@ -343,7 +343,7 @@ class _Spans:
                 "name a template in model.chat_template that keeps the last turn's <think>…</think>, "
                 "or take the reasoning out of the rows",
             )
-        if exact and not dropped or not prompt or opens and not dropped:
+        if (exact and not dropped) or not prompt or (opens and not dropped):
             return
         said = self.text[start:]
         if dropped and opens:
