@@ -21,7 +21,6 @@ from luthier.training.loss import LossFunction
 from luthier.training.preflight import preflight, render_preflight, render_rows
 from luthier.training.preflight.data_checks import check_data
 from luthier.training.preflight.model_checks import check_first_loss, check_room, first_loss, predict
-from luthier.training.preflight.similarity import near_copies
 
 
 def rows(count: int, begin: int = 0) -> list[TrainingExample]:
@@ -177,11 +176,25 @@ def test_label_imbalance_is_found(fresh_tokenizer):
     assert "one_label" in codes(check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=one)))
 
 
-def test_near_copies_do_not_cry_wolf():
-    ours = [f"Please send {n} boxes of pencils to the school in Lagos before Friday the {n}th" for n in range(3, 20)]
-    theirs = [f"The museum in Oslo ordered {n} paintings and wants them hung by the {n}th of May" for n in range(99)]
-    assert near_copies(ours, theirs) == []
-    assert near_copies([theirs[7]], theirs) == [0]
+def test_a_question_that_was_trained_on_with_another_answer_is_told(fresh_tokenizer):
+    asked = TrainingExample(input=rows(1)[0].input, output="It is nothing at all.")
+    given = {"train": rows(20), "test": [*rows(5, 900), asked]}
+    found = {f.code: f for f in check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
+    assert found["overlap_prompt"].severity == "warning" and found["overlap_prompt"].count == 1
+    assert not {"overlap", "overlap_near"} & found.keys()
+
+
+def test_near_copies_do_not_cry_wolf(fresh_tokenizer):
+    def told(text: str, numbers) -> list[TrainingExample]:
+        return [TrainingExample(input=text.format(n), output=f"Number {n} is done.") for n in numbers]
+
+    order = "Please send {0} boxes of pencils to the school in Lagos before Friday the {0}th"
+    museum = "The museum in Oslo ordered {0} paintings and wants them hung by the {0}th of May"
+    given = {"train": told(museum, range(99)), "validation": told(order, range(3, 20)), "test": told(museum, [200])}
+    assert (
+        not {"overlap", "overlap_near", "overlap_prompt"}
+        & codes(check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))).keys()
+    )
 
 
 # --- with a model ---
