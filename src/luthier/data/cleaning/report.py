@@ -68,9 +68,13 @@ class StepReport:
     def note_change(self, before: str, after: str) -> None:
         """Count the characters of one text that changed."""
         start, before_end, after_end = changed_span(before, after)
-        old, new = Counter(before[start:before_end]), Counter(after[start:after_end])
-        self.removed += (old - new).total()
-        self.added += (new - old).total()
+        if start in (before_end, after_end):
+            self.removed += before_end - start
+            self.added += after_end - start
+        else:
+            old, new = Counter(before[start:before_end]), Counter(after[start:after_end])
+            self.removed += (old - new).total()
+            self.added += (new - old).total()
 
     def offer(self, example: TrainingExample, index: int, place: str, before: str, after: str | None) -> None:
         """Keep this change as a sample, by chance: each has the same (reservoir sampling, seeded)."""
