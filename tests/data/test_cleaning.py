@@ -31,6 +31,8 @@ CODE = "Use this:\n\n```python\ndef f(x):\n\treturn  x  # two  blanks\n\n\n```\n
         (fix_mojibake, "cafÃ© â€œoldâ€\x9d", "café “old”"),
         (fix_mojibake, "“naïve” l’été Ångström ﬁne 中国联通 ＡＢＣ", None),
         (fix_mojibake, "&lt;b&gt; Â£5 锟斤拷", "&lt;b&gt; £5 锟斤拷"),
+        (fix_mojibake, "目录····3 °°°° ½½½½ ±±±± «très élevé» éèêë №№№ ¿¡¿¡", None),
+        (fix_mojibake, "Ð¿Ð¸Ð²Ð¾, Î±Î²Î³Î´", "пиво, αβγδ"),
         # Full-width forms.
         (normalize_fullwidth, "１２３ＡＢＣａｂｃ", "123ABCabc"),
         (normalize_fullwidth, "价格是１２．５％，对吗？", "价格是12.5%，对吗？"),
@@ -184,7 +186,9 @@ def test_plain_chinese_is_untouched(text):
 def test_chinese_read_by_the_wrong_encoding_comes_back(text):
     """Wherever no byte was lost."""
     assert fix_mojibake(text.encode("utf-8").decode("latin-1")) == text
-    assert fix_mojibake(text.encode("gb2312").decode("latin-1")) == text
+    read = text.encode("gb2312").decode("latin-1")
+    if len(set(read)) >= 3 and max(read) >= "À":  # else it may be a row of signs
+        assert fix_mojibake(read) == text
     try:
         broken = text.encode("utf-8").decode("gbk")
     except UnicodeDecodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from luthier import DataPreprocessor, TrainingExample, UserError
-from luthier.data.cleaning import Cleaning, cleaners, render_cleaning
+from luthier.data.cleaning import Cleaning, cleaners, render_cleaners, render_cleaning
 from luthier.data.cleaning.registry import BUILT_IN
 from luthier.data.examples import Reject, Source
 from luthier.data.loader import load_file
@@ -137,6 +138,16 @@ def test_later_steps_do_not_see_refused_rows_and_there_is_one_out_for_each_in():
     assert [isinstance(o, Reject) for o in outcomes] == [True, True, False, False, False]
     assert [r.line for r in outcomes[:2]] == [1, 2] and outcomes[2:] == rows[2:]
     assert [r.rows for r in cleaning.report()] == [5, 3]
+
+
+def test_rows_stream():
+    """The first row is there before the second is read."""
+
+    def rows():
+        yield TrainingExample("a  b", "c")
+        raise AssertionError("read too far")
+
+    assert next(Cleaning(["normalize_whitespace"]).apply(rows())).input == "a b"
 
 
 def test_tokens_are_counted_by_the_models_tokenizer(tiny_model_dir):
@@ -294,7 +305,7 @@ def test_the_report_counts_and_shows_what_changed():
     plain = [report.as_dict() for report in again.report()]
     assert plain == [report.as_dict() for report in cleaning.report()]
     assert "13812345678" not in json.dumps(plain)
-    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(render_cleaning(cleaning.report()))
     shown = console.export_text()
     assert "normalize_whitespace" in shown and "phone 1" in shown and "f.jsonl:101" in shown and "[PHONE]" in shown
@@ -309,6 +320,10 @@ def test_every_cleaner_is_listed_with_its_options():
             assert option.doc and option.type, (cleaner.name, option.name)
             assert not option.required or option.name == "max_tokens"
     assert {o.name: o.default for o in listed["filter_length"].options} == {"min": 1, "max": None, "unit": "characters"}
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(render_cleaners(cleaners()))
+    shown = console.export_text()
+    assert all(name in shown for name in BUILT_IN) and "max_tokens (needed)" in shown and "keep=0" in shown
     assert {o.name: o.type for o in listed["normalize_cjk_spacing"].options}["latin"] == '"keep" | "space" | "none"'
 
 

@@ -245,7 +245,7 @@ def _unescape(text: str, keep: frozenset[str], keep_code: bool) -> str:
     plain = decoded(_character)
     if plain != text:
         prose = blank_code(plain) if keep_code else plain
-        if _tags(prose, keep) or next(_wholes(prose), None) or "<code" in prose.lower():
+        if _tags(prose, keep) or any(True for _ in _wholes(prose)) or "<code" in prose.lower():
             return decoded(lambda match: f"&{match[1]};" if _character(match) in "<>`" else _character(match))
     return plain
 

@@ -88,6 +88,8 @@ def _from_utf8_as_latin(match: re.Match[str]) -> str:
 
 def _from_gbk_as_latin(match: re.Match[str]) -> str:
     run = match.group()
+    if len(set(run)) < 3 or max(run) < "À":
+        return run  # a row of signs, such as the dots of a table of contents
     written = run.encode("latin-1")
     try:
         found = written.decode("gb2312")
