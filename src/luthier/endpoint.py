@@ -204,6 +204,7 @@ class Endpoint:
                 else:
                     problem = f"HTTP {status}: {shorten(self._without_key(_message(response.text)), 200)}"
                     if status in (401, 403, 404):
+                        self._stopping.set()  # here, before this thread takes the next request
                         raise self._refused(status, problem)
                     if 400 <= status < 500 and status not in (408, 409, 425, 429):
                         self._failed(problem)
@@ -229,6 +230,7 @@ class Endpoint:
         with self._lock:
             self._failures += 1
             if self._failures >= _FAILURES_IN_A_ROW:
+                self._stopping.set()
                 raise UserError(
                     f"{self._failures} requests in a row failed, the last with: {problem}",
                     where=self.base_url,
