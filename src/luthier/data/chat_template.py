@@ -77,13 +77,13 @@ class Closing:
 
 
 class ChatTemplate:
-    """One tokenizer's chat template. Later changes of the tokenizer are not seen."""
+    """One tokenizer's chat template, in the form that it took turns in when it was first asked."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._specials = plain_json(dict(tokenizer.special_tokens_map))
         self._variables: dict[str, Any] = {}
-        self._compiled: dict[bool, Template | None] = {}
+        self._compiled: dict[str, Template | None] = {}
 
     def text(self, messages: list[Message], tools: Tools | None = None, *, add_generation_prompt: bool) -> str:
         """A conversation as text.
@@ -125,16 +125,16 @@ class ChatTemplate:
         ``apply_chat_template`` copies and checks every value before each rendering, which costs three times the
         rendering; here :meth:`prepare` has made the turns plain once.
         """
-        if tools not in self._compiled:
-            source = self.tokenizer.get_chat_template(None, _TOOLS if tools else None)
+        source = self.tokenizer.get_chat_template(None, _TOOLS if tools else None)
+        if source not in self._compiled:
             try:
                 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-                compiled = self._compiled[tools] = _compile_jinja_template(source)
+                compiled = self._compiled[source] = _compile_jinja_template(source)
                 self._variables = {**compiled.globals, "documents": None, **self._specials}
             except ImportError:
-                self._compiled[tools] = None
-        return self._compiled[tools]
+                self._compiled[source] = None
+        return self._compiled[source]
 
     # -- the form this template takes turns in
 
