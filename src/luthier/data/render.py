@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "NOTES",
     "PLAIN_TEMPLATE",
     "RenderError",
     "Rendered",
@@ -45,6 +46,14 @@ __all__ = [
 REASONING_DROPPED = "earlier_reasoning_dropped"
 REASONING_INLINE = "reasoning_in_content"
 PROMPT_WINS = "prompt_wins"
+NOTES = {
+    REASONING_DROPPED: "the chat template drops the reasoning of earlier answers, as when serving, so those are "
+    "trained without it",
+    REASONING_INLINE: "the chat template knows no reasoning, so a row's reasoning is put before its answer as "
+    "<think>…</think>",
+    PROMPT_WINS: "the chat template writes finished turns otherwise than the prompt that serving renders, so rows are "
+    "that prompt and what the model must say after it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +143,8 @@ class Renderer:
         self.system = system
         self.train_on = train_on
         self.end_of_turn = self.template.closing.token if self.template.closing else None
+        self.ends_of_turn = frozenset(c.token for c in (self.template.closing, self.template.call_closing) if c)
+        """:attr:`end_of_turn` and what ends a turn that calls tools, where that is another token."""
         specials = special_tokens(tokenizer)
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
         self._special_in_answer = self.template.controls
@@ -171,7 +182,7 @@ class Renderer:
         spans = finder.spans
         text = finder.text
         self._refuse_missing(text, messages)
-        if any(m.get(k) for m in given if len(m) > 2 for k in REASONING) and not self.template.reads_reasoning:
+        if any(m.get(k) for m in given if len(m) > 2 for k in REASONING) and self.template.reasoning_in_content:
             finder.notes.append(REASONING_INLINE)
         notes = tuple(dict.fromkeys(finder.notes))
         if self.train_on == "all":
@@ -293,6 +304,11 @@ class _Spans:
             RenderError: a turn is not in the text as the row has it.
         """
         turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+        if turns[-1] + 1 == len(self.messages):
+            # The next turn's opening would end the last one; there is none, so it is written here.
+            calls = self.messages[-1].get("tool_calls")
+            closing = self.template.call_closing if calls else self.template.closing
+            self.text += closing.token if closing and not closing.written else ""
         prompts = {i: self._prompt(i) for i in turns}
         last = turns[-1]
         if not self.text.startswith(prompts[last] or "\0") or self._thought(last):
@@ -343,7 +359,7 @@ class _Spans:
                 "name a template in model.chat_template that keeps the last turn's <think>…</think>, "
                 "or take the reasoning out of the rows",
             )
-        if (exact and not dropped) or not prompt or (opens and not dropped):
+        if not prompt or (not dropped and (exact or opens)):
             return
         said = self.text[start:]
         if dropped and opens:
@@ -365,12 +381,17 @@ class _Spans:
         """
         place = cursor
         for message in self.messages[previous:i]:
-            content = message["content"].strip()
+            # A system text may stand anywhere: some templates move it into a question.
+            content = message["content"].strip() if message["role"] not in ("system", "developer") else ""
             found = self.text.find(content, place) if content else -1
             place = found + len(content) if found >= 0 else place
         before = self.messages[i - 1]["content"].strip() if i else ""
         if i and previous < i and before and before in prompt:
             suffix = prompt[prompt.rfind(before) + len(before) :]
+            # A prompt may open reasoning that finished turns do not have.
+            for part in (suffix, suffix.partition("<think>")[0]):
+                if self.text.startswith(part, place):
+                    return place + len(part)
             return place + _shared(suffix, self.text[place : place + len(suffix)])
         opening = self.template.opening
         found = self.text.find(opening, place)
@@ -411,10 +432,6 @@ class _Spans:
             whole = found + len(answer) if found >= 0 and not text[start:found].strip() else start
         if closing is None:
             return whole, whole
-        if not closing.written and last:
-            # The next turn's opening would end this one; there is none, so it is written here.
-            self.text = text[:whole] + closing.token
-            return whole, len(self.text)
         ends = re.compile(re.escape(closing.token)) if closing.written else self.template.controls
         own = sum(len(ends.findall(said)) for said in strings(self.messages[i])) if self.counts_own else 0
         found_end = next(islice(ends.finditer(text, start), own, None), None)

@@ -13,11 +13,11 @@ import numpy as np
 from luthier.data.dataset import Dataset, Part
 from luthier.data.duplicates import contradictions, find_copies
 from luthier.data.encode import EncodedExample
-from luthier.data.examples import TrainingExample
+from luthier.data.examples import Source, TrainingExample
 from luthier.data.findings import Finding, places
 from luthier.data.labels import Classes, label_findings
 from luthier.data.leakage import overlap
-from luthier.data.render import Rendered, special_tokens
+from luthier.data.render import NOTES, Rendered, Renderer, special_tokens
 from luthier.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
     """Decode what is trained and compare it with the answers, the end-of-turn and the serving prompt."""
     renderer, tokenizer = dataset.renderer, dataset.renderer.tokenizer
     differs, unstopped, prompts = [], [], []
+    noted: dict[str, list[Source | None]] = defaultdict(list)
     chats = 0
     for row, example in _sample(dataset.train):
         if row.cut or (example.is_plain_text and not row.trained[1:].all()):
@@ -104,9 +105,11 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
         rendered = renderer.render(example)
         if not example.is_plain_text and renderer.train_on != "all":
             chats += 1
-            if not _ends_turns(row, renderer.end_of_turn, tokenizer):
+            for note in rendered.notes:
+                noted[note].append(row.source)
+            if not _ends_turns(row, renderer.ends_of_turn, tokenizer):
                 unstopped.append(row.source)
-            elif not _says_answers(row, rendered, example, renderer.train_on, tokenizer):
+            elif not _says_answers(row, rendered, example, renderer):
                 differs.append(row.source)
             if not _prompt_ids_agree(row, rendered, tokenizer):
                 prompts.append(row.source)
@@ -146,23 +149,25 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
             len(prompts),
             places(prompts),
         )
+    for note, sources in noted.items():
+        yield Finding(
+            note,
+            "info",
+            NOTES[note],
+            "name another template in model.chat_template if that is not meant",
+            len(sources),
+            places(sources),
+        )
 
 
-def _ends_turns(row: EncodedExample, end: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
-    if end is None:
-        return True
-    end_id = tokenizer.convert_tokens_to_ids(end)
-    return all(row.input_ids[stop - 1] == end_id for _, stop in runs(row.trained))
+def _ends_turns(row: EncodedExample, ends: frozenset[str], tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = [tokenizer.convert_tokens_to_ids(end) for end in ends]
+    return not ids or all(row.input_ids[stop - 1] in ids for _, stop in runs(row.trained))
 
 
-def _says_answers(
-    row: EncodedExample,
-    rendered: Rendered,
-    example: TrainingExample,
-    train_on: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> bool:
+def _says_answers(row: EncodedExample, rendered: Rendered, example: TrainingExample, renderer: Renderer) -> bool:
     """The trained tokens decode to the trained spans, and those hold the row's own answers, in order."""
+    tokenizer = renderer.tokenizer
     said = _squeezed(
         "".join(
             str(tokenizer.decode(row.input_ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -171,9 +176,9 @@ def _says_answers(
     )
     if said != _squeezed("".join(rendered.text[a:b] for a, b in rendered.spans)):
         return False
-    turns = [m for m in example.to_chat_format() if m["role"] == "assistant"]
+    messages = example.to_chat_format()
     cursor = 0
-    for turn in turns if train_on == "answers" else turns[-1:]:
+    for turn in (messages[i] for i in renderer.trained_turns(messages)):
         # Templates that drop the reasoning of earlier turns keep what follows it.
         answer = _squeezed(str(turn.get("content") or ""))
         place = said.find(answer, cursor)
