@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from luthier.recipe import Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from luthier.endpoint import Answerer
 
 PARTS = ("train", "validation", "test")
 
@@ -107,6 +109,7 @@ def prepare(
     context: int | None = None,
     given: Mapping[str, Sequence[TrainingExample]] | None = None,
     turn: contextlib.AbstractContextManager[object] | None = None,
+    local: Callable[[str], Answerer] | None = None,
 ) -> Dataset:
     """Read, clean, split, augment and encode the rows of a recipe.
 
@@ -117,6 +120,7 @@ def prepare(
         given: rows by part ("train", "validation", "test") that come from Python instead of files; they are not
             split further.
         turn: entered for the encoding, where one process does it for others that find its result.
+        local: makes a model of augmenters that name a local folder.
 
     Returns:
         rows by part; see :class:`Part` for how they add up.
@@ -139,7 +143,7 @@ def prepare(
     if cleaning is not None:
         for step in cleaning.report():
             notes.append(f"{step.name}: {step.changed:,} of {step.rows:,} rows changed, {step.refused:,} refused")
-    _augment(recipe, parts["train"], notes)
+    _augment(recipe, parts["train"], notes, local)
     renderer = Renderer(
         tokenizer,
         system=data.system,
@@ -285,18 +289,22 @@ def _mix(recipe: Recipe, train: Part, origin: np.ndarray, notes: list[str]) -> N
         train.examples = Chosen(train.examples, np.array(order[: data.max_examples]))
 
 
-def _augment(recipe: Recipe, train: Part, notes: list[str]) -> None:
+def _augment(recipe: Recipe, train: Part, notes: list[str], local: Callable[[str], Answerer] | None = None) -> None:
     """Add variants of training rows: of none that is held out."""
     data = recipe.data
     if not data.augment or not data.augment_ratio:
         return
     from luthier.data.augmentation import Augmentation
 
-    augmentation = Augmentation(data.augment, data.augment_ratio, seed=recipe.seed)
+    augmentation = Augmentation(data.augment, data.augment_ratio, seed=recipe.seed, local=local)
     variants = ExampleStore(augmentation.apply(train.examples))
     train.examples = Joined(train.examples, variants)
     train.augmented = len(variants)
-    notes.append(f"{train.augmented:,} variants of training rows made, {data.augment_ratio:g} a row asked for")
+    report = augmentation.report()
+    notes.append(f"{train.augmented:,} variants of training rows made of {report.wanted:,} asked for")
+    for step in report.steps:
+        refused = f", {step.refused.total():,} refused" if step.refused else ""
+        notes.append(f"  {step.name}: {step.made:,} made, {step.unchanged:,} rows without anything to vary{refused}")
 
 
 def _encode(part: Part, encoder: Encoder, recipe: Recipe) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -288,7 +288,7 @@ def _repetition(train: Part) -> Iterator[Finding]:
             f"{len(copies):,} training rows repeat an earlier one word for word",
             "set data.deduplicate=exact unless the weight is meant",
             len(copies),
-            places(examples[i].source for i in copies),
+            places(examples[int(i)].source for i in copies),
         )
     against = sorted(int(i) for group in contradictions(examples) for i in group[1:])
     if against:
@@ -298,7 +298,7 @@ def _repetition(train: Part) -> Iterator[Finding]:
             f"{len(against):,} training rows ask what an earlier row asks and answer differently",
             "keep one answer, or say in the prompt what makes the difference",
             len(against),
-            places(examples[i].source for i in against),
+            places(examples[int(i)].source for i in against),
         )
 
 
@@ -343,7 +343,7 @@ def _overlap(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
                 f"{len(same):,} of {len(part.examples):,} {part.name} rows ({share:.1%}) {what}",
                 remedy.format(part.name),
                 len(same),
-                places(part.examples[i].source for i in same),
+                places(part.examples[int(i)].source for i in same),
             )
         begin = end
 
