@@ -1,4 +1,4 @@
-"""What `luthier data` does: open a file or a recipe's data, and judge, show or rewrite its rows."""
+"""A file, or the files of a recipe, opened to be judged: numbers, problems, and rows as the model reads them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import Reject, TrainingExample
-from luthier.data.loader import load_file
+from luthier.data.loader import load_source
 from luthier.data.render import Renderer
 from luthier.data.stats import SAMPLE, Stats, measure
 from luthier.errors import UserError
-from luthier.recipe import Recipe, apply_overrides
+from luthier.recipe import Recipe, Source, apply_overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,14 +73,14 @@ class Subject:
         data = self.recipe.data
         if not data.train:
             raise UserError("the recipe names no training data", where="data.train", remedy="name a file there")
-        named = {"train": data.train, "validation": data.validation, "test": data.test}
+        named = {"train": data.train, "validation": data.validation, "test": data.test, "benchmarks": data.benchmarks}
         self.parts = {name: self._read(sources) for name, sources in named.items() if sources}
 
-    def _read(self, sources: Iterable[Any]) -> Rows:
+    def _read(self, sources: Iterable[Source]) -> Rows:
         rows = Rows()
         examples: list[TrainingExample] = []
         for source in sources:
-            loaded = load_file(source.path, source.columns or self.recipe.data.columns)
+            loaded = load_source(source, self.recipe.data.columns)
             examples += loaded.examples
             rows.rejects += loaded.rejects
             rows.rows_in += loaded.rows_in
@@ -110,13 +112,29 @@ class Subject:
 
 
 def stats_of(subject: Subject, *, sample: int | None = SAMPLE, seed: int = 0) -> dict[str, Stats]:
-    """The numbers of each part."""
+    """The numbers of each part.
+
+    Args:
+        subject: the file or recipe.
+        sample: rows to tokenise at the most, and up to how many near copies are looked for; None: all.
+        seed: of the sample.
+    """
+    from luthier.data.duplicates import find_copies
+
     encoder = subject.encoder(allow_special_tokens=True)
-    return {
-        name: measure(part.examples, encoder, sample=sample, seed=seed)
-        for name, part in subject.parts.items()
-        if len(part.examples)
-    }
+    found = {}
+    for name, part in subject.parts.items():
+        if not len(part.examples) or name == "benchmarks":
+            continue
+        stats = measure(part.examples, encoder, sample=sample, seed=seed)
+        near = subject.recipe.data.near_threshold if sample is None or len(part.examples) <= sample else None
+        copies = find_copies(part.examples, near=near)
+        own = np.arange(len(part.examples))
+        stats.exact_copies = int((copies.exact_first != own).sum())
+        if near is not None:
+            stats.near_copies = int((copies.near_first != own).sum()) - stats.exact_copies
+        found[name] = stats
+    return found
 
 
 def rows_to_show(
@@ -164,34 +182,6 @@ def _row_at(subject: Subject, place: str) -> tuple[TrainingExample | None, Rejec
         where="--row",
         remedy="name the line of its first character; in .json and .parquet files, its number",
     )
-
-
-def convert_rows(subject: Subject, output: Path, to: str, *, force: bool = False, lossy: bool = False) -> list[str]:
-    """Write a file's rows, or a recipe's training rows, in another format.
-
-    Returns:
-        what was done, line by line.
-
-    Raises:
-        UserError: a row cannot be held, or was refused on reading and would be lost.
-    """
-    from luthier.data.convert import convert
-
-    train = subject.train
-    if train.rejects and not lossy:
-        first = train.rejects[0]
-        raise UserError(
-            f"{len(train.rejects):,} of {train.rows_in:,} rows cannot be read and would be lost: {first.message}",
-            where=f"{first.file}:{first.line}",
-            remedy="mend them, or leave them out with --lossy",
-        )
-    done = convert(train.examples, output, to, force=force, lossy=lossy)
-    lines = [f"wrote {output}: {done.rows:,} rows, format {done.format}; read back the same"]
-    if done.changed:
-        lines.append(f"  metadata of {done.changed:,} rows changed; first: {done.first_change}")
-    if train.rejects:
-        lines.append(f"  {len(train.rejects):,} rows could not be read and are left out")
-    return lines
 
 
 def lint_of(subject: Subject, *, near: bool = True) -> Lint:

@@ -73,7 +73,7 @@ def convert(
     changes: list[str] = []
 
     def verify(written: Path) -> None:
-        changes.extend(_changes(examples, written, table=kind in TABLES, lossy=lossy))
+        changes.extend(_changes(examples, written, table=kind.format in TABLES, lossy=lossy))
 
     write_records(path, records, force=force, verify=verify)
     return Written(len(examples), to, len(changes), changes[0] if changes else None)
