@@ -1,42 +1,56 @@
-"""More examples from those there are: the prompt varies, the answer never does."""
+"""``DataAugmentor``: more examples from those there are; thin over :mod:`luthier.data.augmentation`."""
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
+from luthier.data.augmentation import Augmentation, AugmentationReport, Augmenter
+from luthier.data.augmentation.noise import noise_injection
+from luthier.data.augmentation.rewriting import Refused, back_translation
+from luthier.data.augmentation.synonyms import synonym_replacement
+from luthier.data.augmentation.ways import way_of
 from luthier.data.examples import TrainingExample
-from luthier.errors import UserError, shorten
-
-Augmenter = Callable[..., str]
-"""From a text to a variant of it; may take a :class:`random.Random` as its second argument."""
+from luthier.endpoint import Answerer
+from luthier.errors import UserError
+from luthier.recipe import Step
 
 
 class DataAugmentor:
-    """Adds variants of examples.
+    """Adds variants of examples: the prompt varies, the answer and the label never do unless asked.
 
     Args:
         seed: the same examples and seed give the same variants.
     """
 
+    synonym_replacement = staticmethod(synonym_replacement)
+    noise_injection = staticmethod(noise_injection)
+
     def __init__(self, seed: int = 42) -> None:
         self.seed = seed
-        self.augmenters: list[Augmenter] = []
+        self.augmenters: list[Augmenter | Step] = []
+        self.report: AugmentationReport | None = None
 
-    def add_augmenter(self, augmenter: Augmenter) -> DataAugmentor:
+    def add_augmenter(self, augmenter: Augmenter | str, **options: Any) -> DataAugmentor:
         """Add a way to vary a text.
 
+        Args:
+            augmenter: a function from text to text, or a built-in's name.
+            options: the built-in's options (docs/data.md lists them), for example ``base_url`` and ``model``.
+
         Raises:
-            UserError: it cannot be called.
+            UserError: it cannot be called, no built-in has that name, or it has no such option.
         """
-        if not callable(augmenter):
+        if augmenter is back_translation or augmenter is DataAugmentor.back_translation:
+            augmenter = "back_translation"
+        step = Step(name=augmenter, options=options) if isinstance(augmenter, str) else augmenter
+        if options and not isinstance(step, Step):
             raise UserError(
-                f"an augmenter must be a function from text to text, not {type(augmenter).__name__}",
-                remedy="for example DataAugmentor.noise_injection",
+                "options are for built-in augmenters", remedy="give a function its own with functools.partial"
             )
-        self.augmenters.append(augmenter)
+        way_of(step, f"add_augmenter({getattr(augmenter, '__name__', augmenter)})")
+        self.augmenters.append(step)
         return self
 
     def augment_examples(
@@ -48,106 +62,46 @@ class DataAugmentor:
 
         Args:
             examples: stay as they are.
-            augment_ratio: how many variants, as a share of the examples; each example gets one at most.
+            augment_ratio: how many variants, as a share of the examples; above 1, several of each, no two alike.
 
         Returns:
-            all examples and ``int(len(examples) * augment_ratio)`` variants, or as many as could be varied.
+            all examples and ``int(len(examples) * augment_ratio)`` variants, or as many as could be varied. What
+            became of the others is in ``report``.
 
         Raises:
-            UserError: no augmenter was added, or the ratio is not between 0 and 1.
+            UserError: no augmenter was added, the ratio is below 0, or an augmenter fails.
         """
         if not self.augmenters:
             raise UserError("no augmenter was added", remedy="add_augmenter(DataAugmentor.noise_injection)")
-        if not 0 <= augment_ratio <= 1:
-            raise UserError(f"augment_ratio={augment_ratio!r} is no share between 0 and 1", remedy="for example 0.1")
-        rng = random.Random(self.seed)
-        wanted = int(len(examples) * augment_ratio)
-        order = list(range(len(examples)))
-        rng.shuffle(order)
-        made: list[TrainingExample] = []
-        for index in order:
-            if len(made) == wanted:
-                break
-            variant = self._variant(examples[index], rng.choice(self.augmenters), rng)
-            if variant is not None:
-                made.append(variant)
-        return [*examples, *made]
-
-    def _variant(self, example: TrainingExample, augmenter: Augmenter, rng: random.Random) -> TrainingExample | None:
-        """A variant of an example, or None where its text came back as it was or all of it is trained."""
-        if example.is_plain_text and example.label is None:
-            return None
-        metadata = {
-            **(example.metadata or {}),
-            "augmented_by": getattr(augmenter, "__name__", "augmenter"),
-            "augmented_from": str(example.source) if example.source else None,
-        }
-        if example.messages is None:
-            text = _apply(augmenter, example.input, rng, example)
-            return None if text == example.input else replace(example, input=text, metadata=metadata)
-        messages = [dict(m) for m in example.messages]
-        for message in reversed(messages):
-            if message["role"] == "user":
-                text = _apply(augmenter, message["content"], rng, example)
-                if text == message["content"]:
-                    return None
-                message["content"] = text
-                return replace(example, messages=messages, metadata=metadata)
-        return None
+        augmentation = Augmentation(self.augmenters, augment_ratio, self.seed)
+        made = [*examples, *augmentation.apply(examples)]
+        self.report = augmentation.report()
+        return made
 
     @staticmethod
-    def noise_injection(text: str, rng: random.Random | None = None, noise_ratio: float = 0.1) -> str:
-        """Typing slips in a share of the words: two neighbouring letters swapped, one doubled or one left out.
-
-        Words of four letters and more are touched, inside and never at their ends; digits, punctuation and scripts
-        without letter case (Chinese) stay, for a slip there would change what is said.
+    def back_translation(
+        text: str, rng: random.Random | None = None, *, answerer: Answerer | None = None, pivot: str = "auto"
+    ) -> str:
+        """A text translated into another language and back by a model.
 
         Args:
             text: any text.
             rng: where chance comes from.
-            noise_ratio: share of the words that get a slip; at least one does, where any can.
+            answerer: the translator, for example a :class:`luthier.endpoint.Endpoint`.
+            pivot: the language between; auto: English, and Chinese for English texts.
+
+        Returns:
+            the variant, or the text itself where what came back is none.
 
         Raises:
-            UserError: noise_ratio is not between 0 and 1.
+            UserError: no translator is given, or it gives no answer.
         """
-        if not 0 <= noise_ratio <= 1:
-            raise UserError(f"noise_ratio={noise_ratio!r} is no share between 0 and 1", remedy="for example 0.1")
-        rng = rng or random.Random()
-        words = text.split(" ")
-        fit = [i for i, w in enumerate(words) if len(w) >= 4 and w.isalpha() and w.upper() != w.lower()]
-        count = min(len(fit), max(1, round(len(fit) * noise_ratio))) if noise_ratio else 0
-        for index in rng.sample(fit, count):
-            words[index] = _slip(words[index], rng)
-        return " ".join(words)
-
-
-def _slip(word: str, rng: random.Random) -> str:
-    swaps = [i for i in range(1, len(word) - 2) if word[i] != word[i + 1]]
-    at = rng.randrange(1, len(word) - 1)
-    kind = rng.choice(("swap", "double", "drop")) if swaps else rng.choice(("double", "drop"))
-    if kind == "swap":
-        at = rng.choice(swaps)
-        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    return word[: at + 1] + word[at:] if kind == "double" else word[:at] + word[at + 1 :]
-
-
-def _apply(augmenter: Augmenter, text: str, rng: random.Random, example: TrainingExample) -> str:
-    """Call an augmenter, with the seeded chance where it takes it.
-
-    Raises:
-        UserError: it fails, or gives back no text.
-    """
-    name = getattr(augmenter, "__name__", repr(augmenter))
-    where = str(example.source) if example.source else f"the example {shorten(text)}"
-    try:
-        positional = len(inspect.signature(augmenter).parameters) > 1
-    except (TypeError, ValueError):
-        positional = False
-    try:
-        varied = augmenter(text, rng) if positional else augmenter(text)
-    except Exception as error:
-        what = f"the augmenter {name!r} failed: {type(error).__name__}: {error}"
-        raise UserError(what, where=where, remedy="mend the augmenter") from error
-    if not isinstance(varied, str):
-        raise UserError(f"the augmenter {name!r} returned {type(varied).__name__}, not text", where=where)
-    return varied
+        if answerer is None:
+            raise UserError(
+                "back_translation needs a translator",
+                remedy='add_augmenter("back_translation", base_url="http://…/v1", model="…"), or give answerer=',
+            )
+        (result,) = back_translation([text], [rng or random.Random()], answerer, pivot=pivot)
+        if isinstance(result, UserError):
+            raise result
+        return text if isinstance(result, Refused) else result

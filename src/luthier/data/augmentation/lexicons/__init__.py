@@ -1,0 +1,1 @@
+"""The words that may stand in each other's place."""
