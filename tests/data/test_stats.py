@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 
@@ -144,7 +145,7 @@ def test_languages_are_told(encoder):
 def test_a_histogram_holds_every_row_once(lengths):
     found = histogram(np.array(lengths))
     assert sum(count for _, _, count in found) == len(lengths)
-    assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False)) and len(found) <= 25
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(found)) and len(found) <= 25
     for begin, below, count in found:
         assert count == sum(begin <= n < below for n in lengths)
 
