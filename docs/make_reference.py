@@ -12,6 +12,8 @@ SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
     ("", recipe.Recipe, "The whole: sections, and two keys of its own."),
     ("model", recipe.ModelSection, "The model to tune."),
     ("data", recipe.DataSection, "The examples, and what becomes of them."),
+    ("data.train, validation, test and benchmarks", recipe.Source, "Each source: a path, or these keys."),
+    ("data.clean and data.augment", recipe.Step, "Each step: a name, `{name: {option: value}}`, or these keys."),
     ("data.columns", recipe.Columns, "Which column holds what. A source may have its own `columns`."),
     ("data.split", recipe.Split, "Shares taken from the training file for parts without a file."),
     ("method (lora)", recipe.LoraMethod, "`method: {name: lora, …}`"),
@@ -45,7 +47,7 @@ def _default(field: Any) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, recipe.Section):
         return "see below"
-    return "" if value is None else f"`{json.dumps(value)}`"
+    return "" if value is None or field.is_required() else f"`{json.dumps(value)}`"
 
 
 def _type(annotation: Any, metadata: list[Any]) -> str:

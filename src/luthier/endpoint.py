@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -131,20 +132,23 @@ class Endpoint:
         Raises:
             UserError: the endpoint refuses the key, does not know the model or the address, or answers nothing.
         """
-        import httpx2
-
         bodies = [self._body(c, s) for c, s in zip(conversations, seeds, strict=True)]
         keys = [self._hash(body) for body in bodies]
         found: dict[str, str | UserError] = dict(self._cache.get(keys)) if self._cache else {}
         wanted = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
         self.usage.cached += len(bodies) - len(wanted)
         if wanted:
-            self._stopping.clear()
-            limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            with httpx2.Client(timeout=self.timeout, limits=limits, headers=headers) as client:
-                found |= self._ask(client, wanted)
+            found |= self._ask(wanted)
         return [found[key] for key in keys]
+
+    @cached_property
+    def _client(self) -> httpx2.Client:
+        """One client for all requests: its connections are kept, and its certificates are read once."""
+        import httpx2
+
+        limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return httpx2.Client(timeout=self.timeout, limits=limits, headers=headers)
 
     def _body(self, conversation: Conversation, seed: int) -> dict[str, Any]:
         body = {**self.parameters, "model": self.model, "messages": conversation}
@@ -155,13 +159,15 @@ class Endpoint:
         text = json.dumps([self.base_url, body], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _ask(self, client: httpx2.Client, wanted: dict[str, dict[str, Any]]) -> dict[str, str | UserError]:
+    def _ask(self, wanted: dict[str, dict[str, Any]]) -> dict[str, str | UserError]:
         """Ask for every body, each answer kept as it comes."""
+        self._stopping.clear()
+        _ = self._client  # made before the threads ask for it
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         futures: dict[str, Future[str | UserError]] = {}
         try:
             for key, body in wanted.items():
-                futures[key] = pool.submit(self._answer, client, key, body)
+                futures[key] = pool.submit(self._answer, key, body)
             wait(futures.values(), return_when=FIRST_EXCEPTION)
             for future in futures.values():
                 if future.done() and (error := future.exception()) is not None:
@@ -171,7 +177,7 @@ class Endpoint:
             self._stopping.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _answer(self, client: httpx2.Client, key: str, body: dict[str, Any]) -> str | UserError:
+    def _answer(self, key: str, body: dict[str, Any]) -> str | UserError:
         """One answer, after as many tries as it takes, or what is wrong with this request alone.
 
         Raises:
@@ -187,7 +193,7 @@ class Endpoint:
             self._count(retry=attempt > 0)
             pause = self.backoff * 2**attempt * (0.75 + random.random() / 2)  # apart, so that not all come back at once
             try:
-                response = client.post(f"{self.base_url}/chat/completions", json=sent)
+                response = self._client.post(f"{self.base_url}/chat/completions", json=sent)
             except httpx2.TimeoutException:
                 problem = f"no answer within {self.timeout:g} s"
             except httpx2.HTTPError as error:
@@ -204,6 +210,7 @@ class Endpoint:
                 else:
                     problem = f"HTTP {status}: {shorten(self._without_key(_message(response.text)), 200)}"
                     if status in (401, 403, 404):
+                        self._stopping.set()  # here, before this thread takes the next request
                         raise self._refused(status, problem)
                     if 400 <= status < 500 and status not in (408, 409, 425, 429):
                         self._failed(problem)
@@ -229,6 +236,7 @@ class Endpoint:
         with self._lock:
             self._failures += 1
             if self._failures >= _FAILURES_IN_A_ROW:
+                self._stopping.set()
                 raise UserError(
                     f"{self._failures} requests in a row failed, the last with: {problem}",
                     where=self.base_url,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def _run(
     report = ready.check()
     record = Record(folder, ready) if processes.main else None
     if record is not None:
+        for note in ready.dataset.notes:
+            console.print(note, highlight=False, markup=False)
         console.print(render_preflight(report))
         if overwrite and not resume:
             # The earlier run stays where the new one is refused.
@@ -282,7 +285,8 @@ def compare_on_rows(
     """
     settings = recipe.evaluation
     part = dataset.test if dataset.test.examples else dataset.validation
-    chosen = [i for i, e in enumerate(part.examples) if not e.is_plain_text][: settings.max_examples]
+    asked = (i for i, e in enumerate(part.examples) if not e.is_plain_text)
+    chosen = list(itertools.islice(asked, settings.max_examples))
     if not chosen:
         return None
     wanted = set(chosen)

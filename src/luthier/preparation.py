@@ -12,6 +12,7 @@ import torch
 from luthier.data.dataset import Dataset, prepare
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
+from luthier.evaluation.answering import local_answerer
 from luthier.methods import get_method
 from luthier.methods.base import TuningMethod, trainable_parameters
 from luthier.methods.saved import fingerprint
@@ -108,7 +109,8 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
     added = set_stop_tokens(base, tokenizer)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    dataset = prepare(recipe, tokenizer, context=context, given=given)
+    turn = processes.main_first() if recipe.data.cache and processes.count > 1 else None
+    dataset = prepare(recipe, tokenizer, context=context, given=given, turn=turn, local=local_answerer)
     base_print = fingerprint(base)
     torch.manual_seed(recipe.seed)
     model = method.wrap(base, recipe.method, new_tokens)

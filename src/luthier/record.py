@@ -43,7 +43,8 @@ class Record:
             "seed": recipe.seed,
             "model": {"name": ready.base_name, "fingerprint": ready.base_fingerprint},
             "chat_template_sha256": sha256(str(ready.tokenizer.chat_template).encode()).hexdigest(),
-            "data": [{"file": file, "sha256": _file_sha256(Path(file))} for file in ready.dataset.files],
+            "data": [_named(file) for file in ready.dataset.files],
+            "data_notes": ready.dataset.notes,
             "rows": {part.name: part.summary() for part in ready.dataset.parts},
             "environment": environment(),
             "processes": ready.processes.count,
@@ -86,6 +87,11 @@ class Record:
         """Write the manifest with the run's last word."""
         self.manifest |= {"status": status, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
         write_json(self._folder.path / "manifest.json", self.manifest)
+
+
+def _named(file: str) -> dict[str, str]:
+    """A file and its hash; a data set of the hub has none."""
+    return {"file": file, "sha256": _file_sha256(Path(file))} if Path(file).is_file() else {"file": file}
 
 
 def _file_sha256(path: Path) -> str:

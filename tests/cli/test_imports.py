@@ -13,6 +13,7 @@ HEAVY = {
     *("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "gguf", "huggingface_hub"),
     *("numpy", "pandas", "pyarrow", "scipy", "sympy", "pydantic", "yaml", "rapidfuzz", "charset_normalizer"),
     *("sacrebleu", "rouge_score", "nltk", "tensorboard", "datasets", "jinja2", "psutil"),
+    *("ftfy", "py3langid"),
 }
 
 HELP = """

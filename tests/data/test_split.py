@@ -177,6 +177,18 @@ def test_stratified_with_groups_keeps_both():
     assert [len(p) for p in found.parts] == pytest.approx([960, 120, 120], abs=15)
 
 
+def test_one_conversation_under_two_wordings_of_a_tool_is_in_one_part():
+    examples = [
+        TrainingExample(
+            messages=[{"role": "user", "content": f"{i // 2}"}, {"role": "assistant", "content": "Yes."}],
+            tools=[{"name": "ask", "description": f"wording {i % 2}"}],
+        )
+        for i in range(200)
+    ]
+    side = {i: k for k, part in enumerate(split_indices(examples).parts) for i in part.tolist()}
+    assert all(side[i] == side[i + 1] for i in range(0, 200, 2))
+
+
 def test_grouped_parts_keep_their_sizes():
     sizes = [300, 90, 80, 70, 60, *[20] * 15, *[1] * 100]
     examples = [

@@ -50,6 +50,11 @@ FAMILIES = {
 def made(tokenizer):
     """The small model's tokenizer with a family's way to cut words."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # A small part of its words: large tokenizers take seconds to make.
+    model = content["model"]
+    model["vocab"] = {word: index for word, index in model["vocab"].items() if index < 3000}
+    known = model["vocab"].keys()
+    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= known]
 
     def make(steps, **changed):
         listed = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
@@ -118,6 +123,7 @@ def test_real_rows_are_covered_and_the_same(tokenizer, shared_data, name):
 def test_words_that_differ_are_noticed_and_no_row_keeps_them(tokenizer):
     encoder = Encoder(Renderer(tokenizer))
     assert encoder._words is not None
+    list(encoder.stream([TrainingExample("2 + 2?", "4")] * 600))
     encoder._words._known[" four"] = encoder._words._known[" five"]
     examples = [TrainingExample("Two and two?", f"It is four, {n} times.") for n in range(60)]
     with pytest.raises(WordsDiffer):

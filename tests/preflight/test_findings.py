@@ -12,6 +12,7 @@ import torch
 
 from luthier.data.dataset import prepare
 from luthier.data.examples import TrainingExample
+from luthier.data.render import Renderer
 from luthier.errors import UserError
 from luthier.methods import get_method
 from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens
@@ -20,7 +21,6 @@ from luthier.training.loss import LossFunction
 from luthier.training.preflight import preflight, render_preflight, render_rows
 from luthier.training.preflight.data_checks import check_data
 from luthier.training.preflight.model_checks import check_first_loss, check_room, first_loss, predict
-from luthier.training.preflight.similarity import near_copies
 
 
 def rows(count: int, begin: int = 0) -> list[TrainingExample]:
@@ -36,6 +36,12 @@ def recipe(**data) -> Recipe:
 
 def codes(findings) -> dict[str, str]:
     return {f.code: f.severity for f in findings}
+
+
+def altered(dataset):
+    """The data set with training rows that a test may change."""
+    dataset.train.encoded = list(dataset.train.encoded)
+    return dataset
 
 
 @pytest.fixture
@@ -66,7 +72,7 @@ def test_lost_rows_are_counted_by_reason_and_placed(fresh_tokenizer, tmp_path):
 
 
 def test_masked_answers_are_found(fresh_tokenizer):
-    dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
+    dataset = altered(prepare(recipe(), fresh_tokenizer, given={"train": rows(20)}))
     for row in dataset.train.encoded[:3]:
         first = int(np.flatnonzero(row.trained)[0])
         row.trained[first : first + 2] = False
@@ -75,14 +81,14 @@ def test_masked_answers_are_found(fresh_tokenizer):
 
 
 def test_nothing_trained_is_found(fresh_tokenizer):
-    dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
+    dataset = altered(prepare(recipe(), fresh_tokenizer, given={"train": rows(20)}))
     for row in dataset.train.encoded:
         row.trained[:] = False
     assert codes(check_data(recipe(), dataset))["no_trained_token"] == "error"
 
 
 def test_a_lost_end_of_turn_is_found(fresh_tokenizer):
-    dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
+    dataset = altered(prepare(recipe(), fresh_tokenizer, given={"train": rows(20)}))
     row = dataset.train.encoded[4]
     row.trained[np.flatnonzero(row.trained)[-1]] = False
     found = {f.code: f for f in check_data(recipe(), dataset)}["end_of_turn_untrained"]
@@ -121,9 +127,8 @@ def test_a_doubled_and_a_missing_bos_are_found(fresh_tokenizer):
 def test_training_on_other_tokens_than_serving_is_found(fresh_tokenizer):
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
     # What is exported later has another template than the rows were rendered with.
-    dataset.renderer.tokenizer.chat_template = dataset.renderer.tokenizer.chat_template.replace(
-        "assistant\n", "assistant \n"
-    )
+    fresh_tokenizer.chat_template = fresh_tokenizer.chat_template.replace("assistant\n", "assistant \n")
+    dataset.renderer = Renderer(fresh_tokenizer)
     assert "prompt_ids_differ" in codes(check_data(recipe(), dataset))
 
 
@@ -171,11 +176,25 @@ def test_label_imbalance_is_found(fresh_tokenizer):
     assert "one_label" in codes(check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=one)))
 
 
-def test_near_copies_do_not_cry_wolf():
-    ours = [f"Please send {n} boxes of pencils to the school in Lagos before Friday the {n}th" for n in range(3, 20)]
-    theirs = [f"The museum in Oslo ordered {n} paintings and wants them hung by the {n}th of May" for n in range(99)]
-    assert near_copies(ours, theirs) == []
-    assert near_copies([theirs[7]], theirs) == [0]
+def test_a_question_that_was_trained_on_with_another_answer_is_told(fresh_tokenizer):
+    asked = TrainingExample(input=rows(1)[0].input, output="It is nothing at all.")
+    given = {"train": rows(20), "test": [*rows(5, 900), asked]}
+    found = {f.code: f for f in check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
+    assert found["overlap_prompt"].severity == "warning" and found["overlap_prompt"].count == 1
+    assert not {"overlap", "overlap_near"} & found.keys()
+
+
+def test_near_copies_do_not_cry_wolf(fresh_tokenizer):
+    def told(text: str, numbers) -> list[TrainingExample]:
+        return [TrainingExample(input=text.format(n), output=f"Number {n} is done.") for n in numbers]
+
+    order = "Please send {0} boxes of pencils to the school in Lagos before Friday the {0}th"
+    museum = "The museum in Oslo ordered {0} paintings and wants them hung by the {0}th of May"
+    given = {"train": told(museum, range(99)), "validation": told(order, range(3, 20)), "test": told(museum, [200])}
+    assert (
+        not {"overlap", "overlap_near", "overlap_prompt"}
+        & codes(check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))).keys()
+    )
 
 
 # --- with a model ---
@@ -255,7 +274,7 @@ def test_what_does_not_fit_is_refused(tiny_model_dir, tmp_path):
 def test_an_error_stops_the_run_with_its_place(fresh_tokenizer, tiny_model_dir, tmp_path):
     settings = recipe()
     method, dataset, model, loss, added = ready(tiny_model_dir, settings, {"train": rows(40)})
-    row = dataset.train.encoded[0]
+    row = altered(dataset).train.encoded[0]
     row.trained[np.flatnonzero(row.trained)[-1]] = False
     report = preflight(settings, method, dataset, model, loss, stop_tokens_added=added, run_dir=tmp_path)
     with pytest.raises(UserError, match="end_of_turn_untrained"):

@@ -83,6 +83,8 @@ def check(
     ready = prepare_run(settings)
     if rows:
         console.print(render_rows(ready.dataset, rows), "")
+    for note in ready.dataset.notes:
+        console.print(note, highlight=False, markup=False)
     report = ready.check()
     console.print(render_preflight(report))
     for reject in ready.dataset.rejects[:10]:

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.conversations import MARKS, reasoning_and_rest
+from luthier.data.conversations import MARKS, REASONING, reasoning_and_rest
 from luthier.data.examples import Message
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ PLAIN_TEMPLATE = (
     "{%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 
+_PLAIN_ROLES = ("user", "assistant", "system")
 _QUESTION = {"role": "user", "content": "LUTHIER-QUESTION"}
 _ANSWER = "LUTHIER-ANSWER"
 _REASON = "LUTHIER-REASON"
@@ -76,12 +77,13 @@ class Closing:
 
 
 class ChatTemplate:
-    """One tokenizer's chat template. Later changes of the tokenizer are not seen."""
+    """One tokenizer's chat template, in the form that it took turns in when it was first asked."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._variables = plain_json(dict(tokenizer.special_tokens_map))
-        self._compiled: dict[bool, Template | None] = {}
+        self._specials = plain_json(dict(tokenizer.special_tokens_map))
+        self._variables: dict[str, Any] = {}
+        self._compiled: dict[str, Template | None] = {}
 
     def text(self, messages: list[Message], tools: Tools | None = None, *, add_generation_prompt: bool) -> str:
         """A conversation as text.
@@ -110,13 +112,10 @@ class ChatTemplate:
                         add_generation_prompt=add_generation_prompt,
                     )
                 )
-            return template.render(
-                messages=messages,
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
+            # Template.render, less its merging of globals at each call.
+            values = {**self._variables, "messages": messages, "tools": tools or None}
+            values["add_generation_prompt"] = add_generation_prompt
+            return "".join(template.root_render_func(template.new_context(values, shared=True)))
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise RenderError("template_refuses", f"the chat template refuses these turns: {error}") from error
 
@@ -126,15 +125,16 @@ class ChatTemplate:
         ``apply_chat_template`` copies and checks every value before each rendering, which costs three times the
         rendering; here :meth:`prepare` has made the turns plain once.
         """
-        if tools not in self._compiled:
-            source = self.tokenizer.get_chat_template(None, _TOOLS if tools else None)
+        source = self.tokenizer.get_chat_template(None, _TOOLS if tools else None)
+        if source not in self._compiled:
             try:
                 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-                self._compiled[tools] = _compile_jinja_template(source)
+                compiled = self._compiled[source] = _compile_jinja_template(source)
+                self._variables = {**compiled.globals, "documents": None, **self._specials}
             except ImportError:
-                self._compiled[tools] = None
-        return self._compiled[tools]
+                self._compiled[source] = None
+        return self._compiled[source]
 
     # -- the form this template takes turns in
 
@@ -144,8 +144,8 @@ class ChatTemplate:
         ids = _Ids(self)
         for message in messages:
             role, content = message.get("role"), message.get("content")
-            simple = len(message) == 2 and type(role) is str and type(content) is str and role != "developer"
-            if simple and not (role == "assistant" and "</think>" in content):  # type: ignore[operator]
+            simple = len(message) == 2 and role in _PLAIN_ROLES and type(content) is str
+            if simple and not (role == "assistant" and "</think>" in str(content)):
                 prepared.append(message)
             else:
                 prepared.append(self._prepared(message, ids))
@@ -166,16 +166,16 @@ class ChatTemplate:
         return made
 
     def _place_reasoning(self, message: Message) -> None:
-        reasoning = next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k)), "")
-        for key in ("reasoning_content", "thinking", "reasoning"):
+        reasoning = next((message[k] for k in REASONING if message.get(k)), "")
+        for key in REASONING:
             message.pop(key, None)
-        if not reasoning and self.reads_reasoning and not self._parses_reasoning:
+        if not reasoning and not self.reasoning_in_content and not self._parses_reasoning:
             reasoning, message["content"] = reasoning_and_rest(message["content"])
-        if reasoning and self.reads_reasoning:
+        if reasoning and self.reasoning_in_content:
+            message["content"] = f"<think>\n{reasoning.strip()}\n</think>\n\n{message['content']}"
+        elif reasoning:
             # Both names, as transformers gives templates.
             message["reasoning_content"] = message["thinking"] = reasoning
-        elif reasoning:
-            message["content"] = f"<think>\n{reasoning.strip()}\n</think>\n\n{message['content']}"
 
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         inner = call.get("function", call)
@@ -195,9 +195,15 @@ class ChatTemplate:
             return None
 
     @cached_property
-    def reads_reasoning(self) -> bool:
-        """Whether the template renders a turn's ``reasoning_content`` (or ``thinking``)."""
-        return _REASON in (self._reasoned or "")
+    def reasoning_in_content(self) -> bool:
+        """Whether reasoning is text like any other here: the template neither reads it as a field of its own nor
+        takes ``<think>`` out of an answer."""
+        return _REASON not in (self._reasoned or "") and _REASON in (self._thought_aloud or "")
+
+    @cached_property
+    def _parses_reasoning(self) -> bool:
+        """Whether ``<think>`` in the content is the same to it as a field."""
+        return _REASON in (self._reasoned or "") and self._reasoned == self._thought_aloud
 
     @cached_property
     def _reasoned(self) -> str | None:
@@ -205,10 +211,10 @@ class ChatTemplate:
         return self.try_text([_QUESTION, turn])
 
     @cached_property
-    def _parses_reasoning(self) -> bool:
-        """Whether it takes ``<think>`` in the content for the same thing."""
-        turn = {"role": "assistant", "content": f"<think>\n{_REASON}\n</think>\n\n{_ANSWER}"}
-        return self.try_text([_QUESTION, turn]) == self._reasoned
+    def _thought_aloud(self) -> str | None:
+        return self.try_text(
+            [_QUESTION, {"role": "assistant", "content": f"<think>\n{_REASON}\n</think>\n\n{_ANSWER}"}]
+        )
 
     @cached_property
     def _string_arguments(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,8 @@ UNKNOWN_SOURCE = Source("examples given in Python", 0)
 Run = tuple[int, int]
 """A half-open range of tokens."""
 
+# So many rows pay for trying the tokenizer's characters.
+_WORDS_PAY = 500
 # Of the rows that are encoded word by word, one in so many is encoded by the tokenizer too, and must be the same.
 _COMPARED = 50
 
@@ -85,9 +89,10 @@ class Encoder:
                 remedy="use a model with a fast tokenizer (one that has a tokenizer.json)",
             )
 
-        self._missing = missing_bytes(self.tokenizer)
-        self._words = WordTokenizer.of(self.tokenizer) if by_words else None
-        self._count = 0
+        missing = missing_bytes(self.tokenizer)
+        self._missing = re.compile(b"[" + re.escape(bytes(sorted(missing))) + b"]") if missing else None
+        self._met = 0
+        self._by_words = 0
 
     def encode(self, examples: Sequence[TrainingExample], *, chunk: int = 1000) -> Encoded:
         """Every example as token ids, or as a reject that says why not."""
@@ -128,7 +133,10 @@ class Encoder:
     def distrust_words(self) -> None:
         """From now on encode by the tokenizer alone."""
         self.by_words = False
-        self._words = None
+
+    @cached_property
+    def _words(self) -> WordTokenizer | None:
+        return WordTokenizer.of(self.tokenizer)
 
     def _encode(self, examples: Sequence[TrainingExample], first: int) -> Iterator[EncodedExample | Reject]:
         rendered: list[Rendered | None] = []
@@ -161,13 +169,15 @@ class Encoder:
         """Ids of each text, and the ranges of them that are trained."""
         result: list[tuple[np.ndarray, list[Run]] | None] = [None] * len(rendered)
         compared: list[int] = []
-        if self._words is not None:
+        self._met += len(rendered)
+        words = self._words if self.by_words and self._met > _WORDS_PAY else None
+        if words is not None:
             for number, item in enumerate(rendered):
-                found = self._words.encode(item.text, item.spans) if self._words.covers(item.text) else None
+                found = words.encode(item.text, item.spans) if words.covers(item.text) else None
                 if found is not None:
                     result[number] = (np.array(found[0], dtype=np.int32), found[1])
-                    self._count += 1
-                    if self._count <= _COMPARED or self._count % _COMPARED == 0:
+                    self._by_words += 1
+                    if self._by_words <= _COMPARED or self._by_words % _COMPARED == 0:
                         compared.append(number)
         left = [number for number, made in enumerate(result) if made is None]
         by_tokenizer = self._by_tokenizer([rendered[number] for number in [*left, *compared]])
@@ -202,8 +212,8 @@ class Encoder:
 
     def _lost(self, text: str, ids: np.ndarray) -> str:
         """Characters of a text that its tokens do not hold."""
-        if self._missing and not self._missing.isdisjoint(text.encode("utf-8")):
-            return "".join(c for c in text if not self._missing.isdisjoint(c.encode("utf-8")))
+        if self._missing and self._missing.search(text.encode("utf-8")):
+            return "".join(c for c in text if self._missing.search(c.encode("utf-8")))
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids and str(self.tokenizer.unk_token) not in text:
             return f"some characters of {shorten(text)}"
@@ -252,7 +262,8 @@ def missing_bytes(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
     SmolLM2's lacks some control characters and the bytes of unassigned planes.
     """
-    if '"ByteLevel"' not in tokenizer.backend_tokenizer.to_str():
+    backend = tokenizer.backend_tokenizer
+    if "ByteLevel" not in f"{backend.pre_tokenizer}{backend.decoder}":
         return frozenset()
     vocabulary = tokenizer.get_vocab()
     return frozenset(byte for byte, letter in byte_letters().items() if letter not in vocabulary)
@@ -279,8 +290,12 @@ def trained_tokens(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.
 
 def runs_of(trained: np.ndarray) -> list[Run]:
     """The ranges of consecutive trained tokens of a mask, ``[n] bool``."""
-    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+    edges = (np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist()
+    if len(trained) and trained[0]:
+        edges.insert(0, 0)
+    if len(edges) % 2:
+        edges.append(len(trained))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def mask(runs: Iterable[Run], length: int) -> np.ndarray:

@@ -126,6 +126,16 @@ class EncodedRows(Sequence[EncodedExample]):
         return EncodedExample(found, trained, place, int(self._index[number]), int(cut[within]))
 
 
+def lengths_of(rows: Sequence[EncodedExample]) -> np.ndarray:
+    """``[n] int64``: tokens of each row."""
+    return rows.lengths if isinstance(rows, EncodedRows) else np.array([len(row) for row in rows], dtype=np.int64)
+
+
+def trained_of(rows: Sequence[EncodedExample]) -> int:
+    """Trained tokens of all rows."""
+    return int(rows.trained.sum()) if isinstance(rows, EncodedRows) else sum(int(row.trained.sum()) for row in rows)
+
+
 def _views(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
     """The columns of a batch as arrays over its memory."""
     views: list[np.ndarray] = []

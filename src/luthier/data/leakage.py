@@ -10,7 +10,7 @@ import numpy as np
 
 from luthier.data.duplicates import check_threshold, refused
 from luthier.data.examples import Reject, TrainingExample
-from luthier.data.minhash import Part, among, candidates, form, similarities, sketched
+from luthier.data.minhash import Part, among, candidates, distinct, form, similarities, sketched
 from luthier.data.shingles import all_keys, first_equal, grams, place
 
 LONG = 8
@@ -156,7 +156,7 @@ def held(
     for batch in grams(rows, np.arange(len(rows)), words=LONG, whole_short=False):
         hit = among(batch.hashes, kinds)
         row = np.repeat(batch.rows, np.diff(batch.offsets()))[hit]
-        once = np.unique(row * max(len(kinds), 1) + np.searchsorted(kinds, batch.hashes[hit]))
+        once = distinct(row * max(len(kinds), 1) + np.searchsorted(kinds, batch.hashes[hit]))
         row, kind = np.divmod(once, max(len(kinds), 1))
         # Each n-gram stands for all questions that have it.
         each = times[kind]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "NOTES",
     "PLAIN_TEMPLATE",
     "RenderError",
     "Rendered",
@@ -44,7 +45,15 @@ __all__ = [
 # What a row's notes say; the pre-flight counts them.
 REASONING_DROPPED = "earlier_reasoning_dropped"
 REASONING_INLINE = "reasoning_in_content"
-REASONING_COMPLETED = "reasoning_completed"
+PROMPT_WINS = "prompt_wins"
+NOTES = {
+    REASONING_DROPPED: "the chat template drops the reasoning of earlier answers, as when serving, so those are "
+    "trained without it",
+    REASONING_INLINE: "the chat template knows no reasoning, so a row's reasoning is put before its answer as "
+    "<think>…</think>",
+    PROMPT_WINS: "the chat template writes finished turns otherwise than the prompt that serving renders, so rows are "
+    "that prompt and what the model must say after it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +143,8 @@ class Renderer:
         self.system = system
         self.train_on = train_on
         self.end_of_turn = self.template.closing.token if self.template.closing else None
+        self.ends_of_turn = frozenset(c.token for c in (self.template.closing, self.template.call_closing) if c)
+        """:attr:`end_of_turn` and what ends a turn that calls tools, where that is another token."""
         specials = special_tokens(tokenizer)
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
         self._special_in_answer = self.template.controls
@@ -170,7 +181,8 @@ class Renderer:
         finder.find(set(trained))
         spans = finder.spans
         text = finder.text
-        if any(m.get(k) for m in given if len(m) > 2 for k in REASONING) and not self.template.reads_reasoning:
+        self._refuse_missing(text, messages)
+        if any(m.get(k) for m in given if len(m) > 2 for k in REASONING) and self.template.reasoning_in_content:
             finder.notes.append(REASONING_INLINE)
         notes = tuple(dict.fromkeys(finder.notes))
         if self.train_on == "all":
@@ -237,7 +249,7 @@ class Renderer:
             )
 
     def _whole(self, messages: list[Message], tools: Tools | None) -> str:
-        """The conversation as text, in which nothing that was asked is missing."""
+        """The conversation as text."""
         template = self.template
         try:
             text = template.write(messages, tools, add_generation_prompt=False)
@@ -249,6 +261,10 @@ class Renderer:
                 "the model's chat template does not render tools, so the model would never see them",
                 "name a template that does in model.chat_template, or leave the tools column out",
             )
+        return text
+
+    @staticmethod
+    def _refuse_missing(text: str, messages: list[Message]) -> None:
         for number, message in enumerate(messages, 1):
             if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
                 raise RenderError(
@@ -256,7 +272,6 @@ class Renderer:
                     f"the chat template leaves out or changes the text of turn {number} ({message['role']})",
                     "name another template in model.chat_template, or put the text into a user's turn",
                 )
-        return text
 
     def _remedy(self, messages: list[Message], tools: Tools | None) -> str:
         rest = [m for m in messages if m["role"] not in ("system", "developer")]
@@ -288,21 +303,75 @@ class _Spans:
         Raises:
             RenderError: a turn is not in the text as the row has it.
         """
-        last = max(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+        if turns[-1] + 1 == len(self.messages):
+            # The next turn's opening would end the last one; there is none, so it is written here.
+            calls = self.messages[-1].get("tool_calls")
+            closing = self.template.call_closing if calls else self.template.closing
+            self.text += closing.token if closing and not closing.written else ""
+        prompts = {i: self._prompt(i) for i in turns}
+        last = turns[-1]
+        if not self.text.startswith(prompts[last] or "\0") or self._thought(last):
+            self._settle(turns[:-1], last, prompts[last], must=last in trained)
         cursor = previous = 0
-        for i, message in enumerate(self.messages):
-            if message["role"] != "assistant":
-                continue
-            try:
-                prompt = self.template.write(self.messages[:i], self.tools, add_generation_prompt=True)
-            except RenderError:
-                prompt = ""
-            exact = bool(prompt) and len(prompt) >= cursor and self.text.startswith(prompt)
-            start = len(prompt) if exact else self._aligned(prompt, i, previous, cursor)
-            end = self._end(start, i, exact)
-            self.spans[i] = (start, end, prompt)
-            self._check_reasoning(i, i == last and i in trained)
+        for i in turns:
+            start, exact = self._start(prompts[i], i, previous, cursor)
+            self.spans[i] = (start, self._end(start, i, exact), prompts[i])
+            thought = self._thought(i)
+            if thought and thought not in self.text[start : self.spans[i][1]]:
+                self.notes.append(REASONING_DROPPED)
             cursor, previous = self.spans[i][1], i + 1
+
+    def _prompt(self, i: int) -> str:
+        try:
+            return self.template.write(self.messages[:i], self.tools, add_generation_prompt=True)
+        except RenderError:
+            return ""
+
+    def _thought(self, i: int) -> str:
+        """What the assistant thought before this turn."""
+        message = self.messages[i]
+        if len(message) == 2 and "</think>" not in message["content"]:
+            return ""
+        return str(message.get("reasoning_content") or reasoning_and_rest(message["content"])[0]).strip()
+
+    def _settle(self, earlier: list[int], last: int, prompt: str, *, must: bool) -> None:
+        """Makes the text go on from the prompt of the last turn, where the template writes finished turns otherwise.
+
+        Two families need it: DeepSeek-R1's prompt opens the reasoning, which its template leaves out of every turn
+        that was said; Mistral's third version shows the system text and the tools in an open question alone.
+        """
+        cursor = previous = 0
+        if earlier and not self.text.startswith(prompt or "\0"):
+            for i in earlier:
+                start, exact = self._start(self._prompt(i), i, previous, cursor)
+                cursor, previous = self._end(start, i, exact), i + 1
+        start, exact = self._start(prompt, last, previous, cursor)
+        end = self._end(start, last, exact)
+        thought = self._thought(last)
+        dropped = bool(thought) and thought not in self.text[start:end]
+        opens = prompt.rstrip().endswith("<think>")
+        if dropped and must and not (opens and not self.messages[last].get("tool_calls")):
+            raise RenderError(
+                "reasoning_dropped",
+                f"the chat template drops the reasoning of the last answer (turn {last + 1}), so it would not be "
+                "trained",
+                "name a template in model.chat_template that keeps the last turn's <think>…</think>, "
+                "or take the reasoning out of the rows",
+            )
+        if not prompt or (not dropped and (exact or opens)):
+            return
+        said = self.text[start:]
+        if dropped and opens:
+            said = f"{thought}\n</think>\n\n{said.lstrip()}"
+        self.text = prompt + said
+        self.notes.append(PROMPT_WINS)
+
+    def _start(self, prompt: str, i: int, previous: int, cursor: int) -> tuple[int, bool]:
+        """Where a turn begins, and whether the text up to there is its prompt."""
+        if prompt and len(prompt) >= cursor and self.text.startswith(prompt):
+            return len(prompt), True
+        return self._aligned(prompt, i, previous, cursor), False
 
     def _aligned(self, prompt: str, i: int, previous: int, cursor: int) -> int:
         """Where a turn begins although the text does not begin with its prompt: the template rewrites what is before.
@@ -312,12 +381,17 @@ class _Spans:
         """
         place = cursor
         for message in self.messages[previous:i]:
-            content = message["content"].strip()
+            # A system text may stand anywhere: some templates move it into a question.
+            content = message["content"].strip() if message["role"] not in ("system", "developer") else ""
             found = self.text.find(content, place) if content else -1
             place = found + len(content) if found >= 0 else place
         before = self.messages[i - 1]["content"].strip() if i else ""
         if i and previous < i and before and before in prompt:
             suffix = prompt[prompt.rfind(before) + len(before) :]
+            # A prompt may open reasoning that finished turns do not have.
+            for part in (suffix, suffix.partition("<think>")[0]):
+                if self.text.startswith(part, place):
+                    return place + len(part)
             return place + _shared(suffix, self.text[place : place + len(suffix)])
         opening = self.template.opening
         found = self.text.find(opening, place)
@@ -358,10 +432,6 @@ class _Spans:
             whole = found + len(answer) if found >= 0 and not text[start:found].strip() else start
         if closing is None:
             return whole, whole
-        if not closing.written and last:
-            # The next turn's opening would end this one; there is none, so it is written here.
-            self.text = text[:whole] + closing.token
-            return whole, len(self.text)
         ends = re.compile(re.escape(closing.token)) if closing.written else self.template.controls
         own = sum(len(ends.findall(said)) for said in strings(self.messages[i])) if self.counts_own else 0
         found_end = next(islice(ends.finditer(text, start), own, None), None)
@@ -373,36 +443,6 @@ class _Spans:
             f"the chat template {what} of turn {i + 1}, so it cannot be found in the text",
             "check the model's chat template, or name another in model.chat_template",
         )
-
-    def _check_reasoning(self, i: int, must: bool) -> None:
-        """What the assistant thought before this turn is in its span; the last answer's must be."""
-        message = self.messages[i]
-        thought = message.get("reasoning_content") or reasoning_and_rest(message["content"])[0]
-        if not thought:
-            return
-        thought = thought.strip()
-        start, end, prompt = self.spans[i]
-        if thought in self.text[start:end]:
-            return
-        if not must:
-            self.notes.append(REASONING_DROPPED)
-        elif prompt.rstrip().endswith("<think>") and not message.get("tool_calls"):
-            # Serving opens the reasoning, and the template that closes it leaves it out of what was said before
-            # (DeepSeek-R1): the model must go on from that prompt.
-            rest = reasoning_and_rest(message["content"])[1]
-            said = f"{thought}\n</think>\n\n{rest.strip()}"
-            begin = self.text.rindex(rest.strip(), start, end)
-            tail = self.text[begin + len(rest.strip()) :]
-            self.text = prompt + said + tail
-            self.spans[i] = (len(prompt), len(prompt) + len(said) + end - begin - len(rest.strip()), prompt)
-            self.notes.append(REASONING_COMPLETED)
-        else:
-            raise RenderError(
-                "reasoning_dropped",
-                f"the chat template drops the reasoning of the last answer (turn {i + 1}), so it would not be trained",
-                "name a template in model.chat_template that keeps the last turn's <think>…</think>, "
-                "or take the reasoning out of the rows",
-            )
 
 
 def strings(value: Any) -> Iterator[str]:

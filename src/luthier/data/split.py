@@ -209,14 +209,10 @@ def _dealt(
         if any(share and not seats for share, seats in zip(shares, wanted, strict=True)):
             scarce.append(f"{name!r} ({rows})")
         room = [rows, *wanted[1:]]
-        kept = 0
-        for number, group in enumerate(groups):
-            # The smaller parts first, where a group fits; the last group of a class is trained on if none is yet.
-            fits = [p for p in (1, 2) if len(group) <= room[p]]
-            last = number == len(groups) - 1 and not kept
-            part = 0 if last or not fits else max(fits, key=room.__getitem__)
+        for group in groups:
+            # The smaller parts first, where a group fits. Something is left for training: it has one of the seats.
+            part = max((p for p in (1, 2) if len(group) <= room[p]), key=room.__getitem__, default=0)
             room[part] -= len(group)
-            kept += part == 0
             parts[part].extend(group)
         for p in (1, 2):
             owed[p] += room[p]

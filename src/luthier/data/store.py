@@ -35,9 +35,10 @@ class Chosen(Sequence[T], Generic[T]):
 
     def __init__(self, base: Sequence[T], numbers: np.ndarray) -> None:
         numbers = np.asarray(numbers, dtype=np.int64)
-        chosen = isinstance(base, Chosen)
-        self.base: Sequence[T] = base.base if chosen else base
-        self.numbers = base.numbers[numbers] if chosen else numbers
+        self.base: Sequence[T] = base
+        self.numbers = numbers
+        if isinstance(base, Chosen):
+            self.base, self.numbers = base.base, base.numbers[numbers]
 
     def __len__(self) -> int:
         return len(self.numbers)

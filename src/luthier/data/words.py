@@ -95,7 +95,7 @@ class WordTokenizer:
             elif piece:
                 words += _cut(piece, self._steps)
         borders.append((at, len(words)))
-        tokens = [self._known[word] for word in words]
+        tokens = list(map(self._known.__getitem__, words))
         ranges: list[Span] = []
         for begin, end in spans:
             first, last = _word_at(begin, borders, words), _word_at(end, borders, words)
@@ -158,6 +158,8 @@ def byte_letters() -> dict[int, str]:
 def _spelt(word: str) -> str:
     """A word in the letters of its bytes."""
     letters = byte_letters()
+    if word.isascii():
+        return word.translate(letters)
     return "".join([letters[byte] for byte in word.encode("utf-8")])
 
 

@@ -95,6 +95,19 @@ class Processes:
         """
         self.gather(None)
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes first; the others follow, and find what it has made.
+
+        Raises:
+            FailedElsewhere: another process has failed.
+        """
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
+
     def gather(self, value: Any) -> list[Any]:
         """One JSON-able value of each process, in their order; all wait until all have given theirs.
 

@@ -153,7 +153,7 @@ class Augmentation:
         pending = jobs
         while pending:
             for index, way in enumerate(self._ways):
-                turn = [job for job in pending if job.plan[0] == index]
+                turn = [job for job in pending if job.variant is None and job.plan[:1] == [index]]
                 if turn:
                     self._vary(turn, way, self._report.steps[index])
             pending = [job for job in pending if job.variant is None and job.plan]

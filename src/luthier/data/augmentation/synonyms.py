@@ -46,27 +46,24 @@ def synonym_replacement(
         places.setdefault(piece.text.lower(), []).append((piece, options))
     wanted = max(1, round((words + more) * ratio)) if ratio and places else 0
     changes: dict[Piece, str] = {}
+    lower = text.lower()
     for word in rng.sample(sorted(places), min(wanted, len(places))):
         common = set.intersection(*(set(options) for _, options in places[word]))
         # A synonym that the text uses already would make one thing of two, or two of one.
-        free = sorted(o for o in common if not _holds(text, o))
+        free = sorted(o for o in common if o not in lower)
         if free:
             chosen = rng.choice(free)
             changes.update({p: chosen.capitalize() if p.text[0].isupper() else chosen for p, _ in places[word]})
     return replace_pieces(text, _with_articles(text, changes))
 
 
-def _holds(text: str, word: str) -> bool:
-    return word in text.lower()
-
-
 def _with_articles(text: str, changes: dict[Piece, str]) -> dict[Piece, str]:
     """The changes, with "a" and "an" before the changed words mended."""
     mended = dict(changes)
     for piece, word in changes.items():
-        before = text[: piece.start]
+        before = text[max(0, piece.start - 4) : piece.start].lower()
         for article in ("an", "a"):
-            if before.lower().endswith(f" {article} ") or before.lower() == f"{article} ":
+            if before.endswith(f" {article} ") or before == f"{article} ":
                 right = "an" if _begins_with_vowel(word) else "a"
                 if right != article and _begins_with_vowel(piece.text) != _begins_with_vowel(word):
                     start = piece.start - len(article) - 1

@@ -20,29 +20,31 @@ _LETTER = re.compile(r"[^\W\d_]")
 # Kana and hangul: the Chinese characters beside them are Japanese or Korean words.
 _OTHER_HAN_WRITERS = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
 
-# Longest first where one holds another. A dollar sign opens LaTeX only where no digit follows: "$5 and $6" is money.
+# A dollar sign opens LaTeX only where no digit follows: "$5 and $6" is money. Each alternative is bounded, so that a
+# text full of openings without an end takes no quadratic time.
 _FIXED = re.compile(
     r"""
-    ```.*?(?:```|\Z)                                        # fenced code
-  | `[^`\n]+`                                               # code in a line
-  | \$\$.+?\$\$ | \$(?![\d\s])[^$\n]+\$                     # LaTeX
-  | \\\(.+?\\\) | \\\[.+?\\\] | \\begin\{.+?\\end\{[^}]*\}
-  | \\[A-Za-z]+(?:\{[^{}]*\})*
-  | <[|/!A-Za-z][^<>\n]*>                                   # tags and control tokens
-  | \{\{.*?\}\} | \{[^{}\n]*\} | \[[A-Z_0-9]{2,}\] | %\(?\w*\)?[sd]\b   # placeholders
+    ```[\s\S]*?(?:```|\Z)                                   # fenced code
+  | `[^`\n]{1,500}`                                         # code in a line
+  | \$\$[^$]{1,1000}\$\$ | \$(?![\d\s])[^$\n]{1,300}\$      # LaTeX
+  | \\\([\s\S]{1,300}?\\\) | \\\[[\s\S]{1,1000}?\\\] | \\begin\{[\s\S]{1,2000}?\\end\{[^{}\n]{0,40}\}
+  | \\[A-Za-z]+(?:\{[^{}]{0,200}\})*
+  | <[|/!A-Za-z][^<>\n]{0,300}>                             # tags and control tokens
+  | \{\{[^{}]{0,200}\}\} | \{[^{}\n]{0,200}\} | \[[A-Z_0-9]{2,60}\] | %\(?\w*\)?[sd]\b   # placeholders
   | (?:https?|ftp|file)://[^\s<>"'，。）]+ | www\.[^\s<>"'，。）]+
-  | [\w.+-]+@[\w-]+\.[\w.-]+                                # addresses
+  | (?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{1,200}    # addresses
   | (?<!\w)[@\#][\w-]+
-  | (?:[A-Za-z]:)?[~.\w-]*[/\\][\w.~-]+(?:[/\\][\w.~-]*)*   # paths, and/or
-  | “[^”\n]*” | ‘[^’\n]*’ | 「[^」\n]*」 | 『[^』\n]*』 | 《[^》\n]*》 | 【[^】\n]*】 | "[^"\n]*"
-  | (?<!\w)'[^'\n]{1,120}'(?!\w)                            # quotes
-  | [A-Za-z_]\w*\([^()\n]*\)                                # calls
+  | (?<![\w.~/\\-])[~.\w-]{0,100}[/\\][\w.~-]{1,100}(?:[/\\][\w.~-]*)*   # paths, and/or
+  | “[^”\n]{0,300}” | ‘[^’\n]{0,300}’ | 「[^」\n]{0,300}」 | 『[^』\n]{0,300}』 | 《[^》\n]{0,100}》
+  | 【[^】\n]{0,100}】
+  | "[^"\n]{0,1000}" | (?<!\w)'[^'\n]{1,120}'(?!\w)         # quotes
+  | (?<!\w)[A-Za-z_]\w{0,60}\([^()\n]{0,200}\)              # calls
   | ^[ \t]*(?:def|class|import|from|return|for|while|if|elif|else|try|SELECT|INSERT|UPDATE|DELETE|CREATE|public|private
-      |var|let|const|function|\#include)\b.*[:;{}()].*$     # lines of bare code
-  | ^.*[;{}]\s*$
-  | \w*[\d_]\w*                                             # numbers and identifiers
+      |var|let|const|function|\#include)\b[^\n]*[:;{})][ \t]*$           # lines of bare code
+  | ^[^\n]*[;{}][ \t]*$
+  | (?<!\w)(?=\w*[\d_])\w+                                  # numbers and identifiers
     """,
-    re.VERBOSE | re.DOTALL | re.MULTILINE | re.ASCII,
+    re.VERBOSE | re.MULTILINE | re.ASCII,
 )
 _NAME = re.compile(r"[A-Z]{2,}[A-Za-z]*|[A-Za-z]+[a-z][A-Z][A-Za-z]*")  # NASA, JavaScript
 
@@ -102,6 +104,11 @@ class Field:
         """Stems of the answer's English words."""
         return frozenset(stem(w) for w in _WORD.findall(self.keep))
 
+    @cached_property
+    def _kept_pairs(self) -> frozenset[str]:
+        """Each two Chinese characters that stand beside each other in the answer."""
+        return frozenset(run[i : i + 2] for run in _HAN_RUN.findall(self.keep) for i in range(len(run) - 1))
+
     def english(self) -> list[Piece]:
         """The English words that may vary: no names, no parts of can't or well-known, none of the answer's."""
         if self._language == "zh":
@@ -132,7 +139,7 @@ class Field:
 
     def opens_sentence(self, at: int) -> bool:
         """Whether a word at this place begins a sentence, and may therefore be written large for that alone."""
-        before = self.text[:at].rstrip(" \t\"'“‘(*#->")
+        before = self.text[max(0, at - 20) : at].rstrip(" \t\"'“‘(*#->")
         return not before or before[-1] in ".!?:\n。！？：；"
 
     def keeps(self, start: int, end: int) -> bool:
@@ -141,7 +148,7 @@ class Field:
         One character suffices where the answer is short (a class such as 好): common ones stand in any long one.
         """
         pairs = (self.text[i : i + 2] for i in range(max(0, start - 1), min(end, len(self.text) - 1)))
-        if any(pair in self.keep and _HAN_RUN.fullmatch(pair) for pair in pairs):
+        if not self._kept_pairs.isdisjoint(pairs):
             return True
         return len(self.keep) <= 4 and any(c in self.keep for c in self.text[start:end])
 

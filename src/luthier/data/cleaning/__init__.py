@@ -3,7 +3,7 @@
 from luthier.data.cleaning.personal import PersonalData, find_personal_data
 from luthier.data.cleaning.pipeline import Cleaning
 from luthier.data.cleaning.registry import Cleaner, Option, cleaners
-from luthier.data.cleaning.report import Sample, StepReport, render_cleaning
+from luthier.data.cleaning.report import Sample, StepReport, render_cleaners, render_cleaning
 
 __all__ = [
     "Cleaner",
@@ -14,5 +14,6 @@ __all__ = [
     "StepReport",
     "cleaners",
     "find_personal_data",
+    "render_cleaners",
     "render_cleaning",
 ]

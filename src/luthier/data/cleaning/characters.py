@@ -46,7 +46,8 @@ def remove_special_chars(text: str) -> str:
     such as Persian are written with. A form feed becomes a line's end.
     """
     if text.isascii():
-        return text.translate(_UNSEEN) if _ASCII_CONTROLS.search(text) else text
+        quick = text.replace("\n", "").isprintable()
+        return text if quick or not _ASCII_CONTROLS.search(text) else text.translate(_UNSEEN)
     if _TAGGED_FLAG.search(text):
         parts = re.split(f"({_TAGGED_FLAG.pattern})", text)
         text = "".join(p if i % 2 else p.translate(_UNSEEN) for i, p in enumerate(parts))
@@ -58,9 +59,12 @@ def remove_special_chars(text: str) -> str:
 
 
 def normalize_unicode(text: str, *, form: Literal["NFC", "NFKC"] = "NFC") -> str:
-    """Write each letter one way (Unicode TR 15): NFC joins letter and accent; NFKC also replaces forms such as ① and ﬁ.
+    """Write each letter one way (Unicode TR 15): e and a combining accent become é.
 
-    NFKC turns Chinese punctuation into ASCII; normalize_fullwidth doesn't.
+    Args:
+        text: any text.
+        form: NFC joins letter and accent; NFKC also replaces forms such as ① and ﬁ, and makes Chinese punctuation
+            ASCII, which normalize_fullwidth doesn't.
     """
     return text if unicodedata.is_normalized(form, text) else unicodedata.normalize(form, text)
 

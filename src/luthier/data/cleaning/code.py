@@ -8,7 +8,7 @@ from collections.abc import Callable
 # A fence of three or more backticks or tildes at a line's start, up to the same fence or the text's end (CommonMark
 # 4.5), or a span of backticks within one line (CommonMark 6.1).
 _FENCED = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n`]*\n(?:.*?^[ \t]*(?P=fence)`*~*[ \t]*$|.*\Z)"
-_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)"
+_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)[^\n]{0,2000}?(?<!`)(?P=ticks)(?!`)"
 _CODE = re.compile(f"{_FENCED}|{_SPAN}", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(_FENCED, re.MULTILINE | re.DOTALL)
 

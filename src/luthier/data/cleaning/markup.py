@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from luthier.data.cleaning.code import blank_code, outside_code
@@ -18,19 +18,19 @@ _ATTRIBUTE = r"""\s+[A-Za-z_:@][\w:.-]{0,80}(?:\s*=\s*(?:"[^"<]*"|'[^'<]*'|[^\s"
 _TAG = re.compile(rf"<(?P<close>/?)(?P<name>[A-Za-z][A-Za-z0-9]{{0,15}})(?P<rest>(?:{_ATTRIBUTE}){{0,40}})\s*/?>")
 _VALUED = re.compile(r"""[\w:@.-]+\s*=\s*(?:"[^"<]*"|'[^'<]*'|[^\s"'=<>`]+)""")
 _BARE = re.compile(r"[\w:@.-]+")
-_UNSEEN = re.compile(
-    r"<!--.*?-->|<!doctype\s[^<>]*>|<(script|style|noscript|template)(?:\s[^<>]*)?>.*?</\1\s*>",
-    re.DOTALL | re.IGNORECASE,
-)
-_PRE = re.compile(
-    r"<pre(?:\s[^<>]*)?>\s*?(?:<code(?:\s[^<>]*)?>)?(.*?)(?:</code\s*>)?\s*</pre\s*>", re.DOTALL | re.IGNORECASE
-)
-_CODE = re.compile(r"<code(?:\s[^<>]*)?>([^`\n]*?)</code\s*>", re.IGNORECASE)
+# What runs from its beginning to its end, whatever stands between.
+_WHOLE = re.compile(r"<!--|<!(?=doctype\s)|<(script|style|noscript|template|pre)(?:\s[^<>]*)?>", re.IGNORECASE)
+_ENDS = {
+    name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("script", "style", "noscript", "template", "pre")
+}
+_ENDS |= {"<!--": re.compile("-->"), "<!": re.compile(">")}
+_CODE_IN_PRE = re.compile(r"\s*?<code(?:\s[^<>]*)?>(.*)</code\s*>\s*", re.DOTALL | re.IGNORECASE)
+_CODE = re.compile(r"<code(?:\s[^<>]*)?>([^`\n]{0,2000}?)</code\s*>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:amp;)*(#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 
 _VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "wbr", "area", "base", "col", "source", "track"))
 # Elements whose end may be left out (13.1.2.4). Not p: alone, <p> may be the mean of p.
-_OPEN_ENDED = frozenset(("li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot", "option", "html", "body"))
+_OPEN_ENDED = frozenset(("li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot"))
 # Elements that begin a line of their own.
 _BLOCKS = frozenset(
     (
@@ -72,6 +72,15 @@ class _Tag:
     """To a word before it, as in Vector<input>."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    start: int
+    end: int
+    name: str
+    inner_start: int
+    inner_end: int
+
+
 def strip_html(text: str, *, keep: Sequence[str] = (), keep_code: bool = True) -> str:
     """HTML to plain text: tags go, entities become characters, comments, scripts and styles are dropped.
 
@@ -106,8 +115,9 @@ def strip_html(text: str, *, keep: Sequence[str] = (), keep_code: bool = True) -
 def _code_to_markdown(text: str, keep: frozenset[str]) -> str:
     """<pre> as a fence and <code> in backticks, so that their content is code from here on."""
 
-    def fence(match: re.Match[str]) -> str:
-        content = html.unescape(_TAG.sub("", match[1])).strip("\n")
+    def fence(content: str) -> str:
+        code = _CODE_IN_PRE.fullmatch(content)
+        content = html.unescape(_TAG.sub("", code[1] if code else content)).strip("\n")
         ticks = "`" * max((3, *(len(run) + 1 for run in re.findall("`+", content))))
         return f"\n{ticks}\n{content}\n{ticks}\n"
 
@@ -116,8 +126,31 @@ def _code_to_markdown(text: str, keep: frozenset[str]) -> str:
         return f"`{content}`" if content.strip() and "`" not in content and "\n" not in content else match[1]
 
     if "pre" not in keep:
-        text = _PRE.sub(fence, text)
+        parts: list[str] = []
+        at = 0
+        for whole in _wholes(text):
+            if whole.name == "pre":
+                parts += (text[at : whole.start], fence(text[whole.inner_start : whole.inner_end]))
+                at = whole.end
+        text = "".join((*parts, text[at:]))
     return text if "code" in keep else _CODE.sub(span, text)
+
+
+def _wholes(text: str) -> Iterator[_Whole]:
+    """Comments, document types, scripts, styles and <pre>, each with its end; one without an end is none."""
+    endless: set[str] = set()
+    at = 0
+    while match := _WHOLE.search(text, at):
+        at = match.end()
+        name = (match[1] or match[0]).lower()
+        if name in endless:
+            continue
+        end = _ENDS[name].search(text, at)
+        if end is None:
+            endless.add(name)
+            continue
+        yield _Whole(match.start(), end.end(), name, at, end.start())
+        at = end.end()
 
 
 def _without_unseen(text: str, keep: frozenset[str], keep_code: bool) -> str:
@@ -126,10 +159,10 @@ def _without_unseen(text: str, keep: frozenset[str], keep_code: bool) -> str:
         return text
     parts: list[str] = []
     at = 0
-    for match in _UNSEEN.finditer(blank_code(text) if keep_code else text):
-        if (match[1] or "").lower() not in keep:
-            parts.append(text[at : match.start()])
-            at = match.end()
+    for whole in _wholes(blank_code(text) if keep_code else text):
+        if whole.name != "pre" and whole.name not in keep:
+            parts.append(text[at : whole.start])
+            at = whole.end
     return "".join((*parts, text[at:]))
 
 
@@ -156,7 +189,7 @@ def _tags(text: str, keep: frozenset[str]) -> list[_Tag]:
             return tag.name in starts or len(tag.name) > 1
         if tag.name in ends or tag.name == "br":
             return True
-        return not tag.glued and (tag.name in _VOID or tag.name in _OPEN_ENDED)
+        return tag.name in _OPEN_ENDED or (tag.name in _VOID and not tag.glued)
 
     if not any(map(counts, seen)):
         return []
@@ -212,7 +245,7 @@ def _unescape(text: str, keep: frozenset[str], keep_code: bool) -> str:
     plain = decoded(_character)
     if plain != text:
         prose = blank_code(plain) if keep_code else plain
-        if _tags(prose, keep) or _UNSEEN.search(prose) or "<pre" in prose or "<code" in prose:
+        if _tags(prose, keep) or any(True for _ in _wholes(prose)) or "<code" in prose.lower():
             return decoded(lambda match: f"&{match[1]};" if _character(match) in "<>`" else _character(match))
     return plain
 

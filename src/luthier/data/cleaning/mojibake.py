@@ -18,6 +18,8 @@ _UTF8_AS_LATIN = re.compile(f"(?:(?:[\xe3-\xe9]{_CONTINUATION}|\xef[\xbc\xbd\xbe
 _GBK_AS_LATIN = re.compile("(?:[\xa1-\xf7][\xa1-\xfe]){2,}")
 # Two Chinese characters are six bytes of UTF-8, which read as three characters of GBK.
 _RUN = re.compile("[^\x00-\xa0]{3,}")
+# A word in accented Latin, Greek, Cyrillic, Hebrew or Arabic letters.
+_WORD = re.compile("[\xc0-\xff]+|[\u0386-\u03ce]+|[\u0410-\u0451]+|[\u05d0-\u05ea]+|[\u0621-\u064a]+")
 _HAN_ROWS = range(0xB0, 0xF8)
 _COMMON_ROWS = range(0xB0, 0xD8)
 
@@ -38,16 +40,16 @@ def fix_mojibake(text: str, *, chinese: bool = True) -> str:
         return text
     fix = _ftfy()
     while True:
+        before = text
+        if chinese:
+            # Before ftfy, which takes two bytes of GBK for one of the rarer letters that UTF-8 writes in two.
+            text = _UTF8_AS_LATIN.sub(_from_utf8_as_latin, text)
+            text = _GBK_AS_LATIN.sub(_from_gbk_as_latin, text)
+            text = _RUN.sub(_from_utf8_as_gbk, text)
         text = fix(text)
-        if not chinese:
+        # Each of these shortens the text or does nothing the second time, so that this ends.
+        if text == before:
             return text
-        mended = _UTF8_AS_LATIN.sub(_from_utf8_as_latin, text)
-        mended = _GBK_AS_LATIN.sub(_from_gbk_as_latin, mended)
-        mended = _RUN.sub(_from_utf8_as_gbk, mended)
-        # Each of these shortens the text, so that this ends.
-        if mended == text:
-            return text
-        text = mended
 
 
 @cache
@@ -85,11 +87,18 @@ def _from_utf8_as_latin(match: re.Match[str]) -> str:
 
 
 def _from_gbk_as_latin(match: re.Match[str]) -> str:
+    run = match.group()
+    if len(set(run)) < 3 or max(run) < "À":
+        return run  # a row of signs, such as the dots of a table of contents
+    written = run.encode("latin-1")
     try:
-        found = match.group().encode("latin-1").decode("gb2312")
+        found = written.decode("gb2312")
     except UnicodeDecodeError:
-        return match.group()
-    return found if _is_chinese(found) else match.group()
+        return run
+    # The same bytes may be a word in UTF-8, which ftfy mends.
+    if not _is_chinese(found) or _WORD.fullmatch(written.decode("utf-8", "replace")):
+        return run
+    return found
 
 
 def _from_utf8_as_gbk(match: re.Match[str]) -> str:

@@ -108,13 +108,15 @@ def mask_personal_data(text: str, *, kinds: Sequence[Kind] = KINDS, numbered: bo
 
 Spans = Iterator[tuple[int, int]]
 
-# What every telephone, identity and card number has.
-_NINE_DIGITS = re.compile(r"[0-9](?:[ .()（）-]{0,3}[0-9]){8}")
+# Every telephone, identity and card number has nine digits, with little between them.
+_LONG_NUMBER = re.compile(r"[0-9][0-9 .()-]{8,}")
+_LONG_NUMBER_WIDE = re.compile(r"[0-9][0-9 .()（）-]{8,}")
 
 
 @lru_cache(maxsize=1)
 def _holds_long_number(text: str) -> bool:
-    return _NINE_DIGITS.search(text) is not None
+    found = (_LONG_NUMBER if text.isascii() else _LONG_NUMBER_WIDE).findall(text)
+    return bool(found) and any(sum(map(str.isdigit, number)) >= 9 for number in found)
 
 
 @lru_cache(maxsize=1)
@@ -153,7 +155,8 @@ _KEYS = re.compile(
     )(?![A-Za-z0-9_-])""",
     re.VERBOSE,
 )
-_KEY_STARTS = ("AKIA", "ASIA", "AIza", "LTAI", "AKID", "eyJ")
+# AKIA, ASIA, AKID, AIza and LTAI.
+_KEY_START = re.compile("A[KSI]")
 _KEY_STARTS_BY = {
     "_": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "k_live_", "k_test_", "hf_", "npm_"),
     "-": ("sk-", "glpat-", "xox", "-----BEGIN"),
@@ -184,7 +187,8 @@ def _keys(text: str) -> Spans:
 
 def _may_hold_key(text: str) -> bool:
     return (
-        _holds_any(text, _KEY_STARTS)
+        "eyJ" in text
+        or _KEY_START.search(text) is not None
         or ("_" in text and _holds_any(text, _KEY_STARTS_BY["_"]))
         or ("-" in text and _holds_any(text, _KEY_STARTS_BY["-"]))
         or _holds_any(_lower(text), _KEY_NAMES)
@@ -327,13 +331,15 @@ _LANDLINE = re.compile(
     rf"[2-8](?:[0-9]{{6,7}}|[0-9]{{2,3}}[ -][0-9]{{4}}){_ENDS}"
 )
 # +, a country code and the rest in groups (ITU-T E.164: 15 digits at most).
+# After a number or a lone letter, + adds.
 _INTERNATIONAL = re.compile(
-    r"(?<![0-9A-Za-z+)=*/^\]}])(?<![0-9A-Za-z)\]}] )\+([1-9][0-9]{0,2})(?:[ -]?\([0-9]{1,4}\)[ -]?|[ .-])?"
-    rf"[0-9]{{1,14}}(?:[ .-][0-9]{{2,8}}){{0,5}}{_ENDS}"
+    r"(?<![0-9A-Za-z+)=*/^\]}])(?<![0-9)\]}] )(?<![\s(=][A-Za-z] )\+([1-9][0-9]{0,2})"
+    rf"(?:[ -]?\([0-9]{{1,4}}\)[ -]?|[ .-])?[0-9]{{1,14}}(?:[ .-][0-9]{{2,8}}){{0,5}}{_ENDS}"
 )
+# Not 400 and 800 and the like, which are firms' lines, in China too.
+_AREA = "(?!400|8(?:00|33|44|55|66|77|88))[2-9][0-9]{2}"
 _NORTH_AMERICAN = re.compile(
-    r"(?:(?<![0-9A-Za-z(.\-/+])1[ .-])?"
-    rf"(?:(?<![0-9A-Za-z(])\([2-9][0-9]{{2}}\) ?|{_ALONE}(?<![0-9][ .\-])[2-9][0-9]{{2}}([.-]))"
+    rf"(?:(?<![0-9A-Za-z(.\-/+])(?:1[ .-])?\({_AREA}\) ?|{_ALONE}(?<![0-9][ .\-])(?:1[ .-])?{_AREA}([.-]))"
     rf"[2-9][0-9]{{2}}(?(1)\1|[-. ])[0-9]{{4}}{_ENDS}"
 )
 # Country codes in use, by their beginnings (ITU-T E.164 list of assigned codes).
@@ -407,7 +413,7 @@ _FINDERS: dict[Kind, Callable[[str], Spans]] = {
     "phone": _phones,
     "ip": _ips,
 }
-_THREE_OCTETS = re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]")
+_THREE_OCTETS = re.compile(r"\.[0-9]{1,3}\.[0-9]")
 # Quick looks: most texts hold nothing of the kind, and a million of them are looked at.
 _MAY_HOLD: dict[Kind, Callable[[str], bool]] = {
     "credentials": lambda text: "@" in text and "://" in text,

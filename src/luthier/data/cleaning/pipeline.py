@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -231,7 +232,7 @@ class Cleaning:
         """Run a user's function over a row of its own, which it may change."""
         report = step.report
         before = {text.place: text.text for text in texts_of(given)}
-        outcome = _call(step, step.whole, with_texts(given, ()), given)
+        outcome = _call(step, step.whole, deepcopy(given), given)
         if outcome is None:
             first = next(iter(before), "input")
             value = before.get(first, "")

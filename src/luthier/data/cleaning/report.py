@@ -14,7 +14,10 @@ from luthier.errors import shorten
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
     from rich.text import Text as RichText
+
+    from luthier.data.cleaning.registry import Cleaner
 
 SAMPLES = 3
 _CONTEXT = 20
@@ -68,9 +71,13 @@ class StepReport:
     def note_change(self, before: str, after: str) -> None:
         """Count the characters of one text that changed."""
         start, before_end, after_end = changed_span(before, after)
-        old, new = Counter(before[start:before_end]), Counter(after[start:after_end])
-        self.removed += (old - new).total()
-        self.added += (new - old).total()
+        if start in (before_end, after_end):
+            self.removed += before_end - start
+            self.added += after_end - start
+        else:
+            old, new = Counter(before[start:before_end]), Counter(after[start:after_end])
+            self.removed += (old - new).total()
+            self.added += (new - old).total()
 
     def offer(self, example: TrainingExample, index: int, place: str, before: str, after: str | None) -> None:
         """Keep this change as a sample, by chance: each has the same (reservoir sampling, seeded)."""
@@ -153,6 +160,22 @@ def render_cleaning(reports: Sequence[StepReport]) -> Group:
             lines.append(Text(f"\n{report.name}", style="bold"))
             lines += _rendered(report.samples)
     return Group(*lines)
+
+
+def render_cleaners(cleaners: Iterable[Cleaner]) -> Table:
+    """The cleaners there are, with what they do and their options' defaults."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("cleaner", "does", "options"):
+        table.add_column(column, no_wrap=column == "cleaner")
+    for cleaner in cleaners:
+        options = [
+            f"{o.name} (needed)" if o.required else f"{o.name}={shorten(o.default, 30)}" for o in cleaner.options
+        ]
+        table.add_row(Text(cleaner.name, style="bold"), Text(cleaner.doc), Text("\n".join(options)))
+    return table
 
 
 def _called(report: StepReport) -> str:

@@ -19,7 +19,6 @@ _LINE_HEAD = re.compile(r"^[^\S\n]+", re.MULTILINE)
 _ODD_HEAD = re.compile(r"^[ \t]*[^\S\n \t]", re.MULTILINE)
 # White space that is neither a space nor a line feed.
 _ODD_BLANK = re.compile(r"[^\S\n ]")
-_ODD_ASCII = ("\t", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x1f")
 
 
 def normalize_whitespace(text: str, *, keep_indentation: bool = True, keep_code: bool = True) -> str:
@@ -43,7 +42,8 @@ def _is_tidy(text: str) -> bool:
     """True only where nothing would change; a text with indented lines is looked at more closely."""
     if not text or text[0].isspace() or text[-1].isspace() or "  " in text or " \n" in text or "\n " in text:
         return not text
-    return not (any(c in text for c in _ODD_ASCII) if text.isascii() else _ODD_BLANK.search(text))
+    # A tab is not printable, and in ASCII no other blank is. The quick look holds for nearly every text.
+    return (text.isascii() and text.replace("\n", "").isprintable()) or not _ODD_BLANK.search(text)
 
 
 def _tidy_whole(text: str) -> str:
@@ -99,9 +99,10 @@ _BESIDE_MARK = re.compile(f"(?<=[{_HAN}{_MARKS}]){_BLANK}+(?=[{_MARKS}])|(?<=[{_
 _ISOLATED = re.compile(f"(?<![{_HAN}])[{_HAN}](?:{_BLANK}+[{_HAN}]){{2,}}(?![{_HAN}])")
 _BETWEEN_HAN = re.compile(f"(?<=[{_HAN}]){_BLANK}+(?=[{_HAN}])")
 _BLANKS = re.compile(f"{_BLANK}+")
-_URL = re.compile(r"(?:https?|ftp)://[^\s，。！？：；、（）《》]+")
-_JOINED = re.compile(f"(?<=[{_HAN}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9%])(?=[{_HAN}])")
-_APART = re.compile(f"(?<=[{_HAN}]) +(?=[A-Za-z0-9])|(?<=[A-Za-z0-9%]) +(?=[{_HAN}])")
+# Borders, and addresses, which stay as they are.
+_URL = "(?P<url>(?:https?|ftp)://[^\\s，。！？：；、（）《》]+)"
+_JOINED = re.compile(f"(?<=[{_HAN}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9%])(?=[{_HAN}])|{_URL}")
+_APART = re.compile(f"(?<=[{_HAN}]) +(?=[A-Za-z0-9])|(?<=[A-Za-z0-9%]) +(?=[{_HAN}])|{_URL}")
 _ANY_HAN = re.compile(f"[{_HAN}]")
 
 
@@ -133,12 +134,7 @@ def _space_cjk(text: str, between: str, latin: str) -> str:
     if latin == "keep":
         return text
     border, filling = (_JOINED, " ") if latin == "space" else (_APART, "")
-    parts: list[str] = []
-    at = 0
-    for match in _URL.finditer(text):
-        parts += (border.sub(filling, text[at : match.start()]), match.group())
-        at = match.end()
-    return "".join((*parts, border.sub(filling, text[at:])))
+    return border.sub(lambda match: match["url"] or filling, text)
 
 
 def _without_blanks(match: re.Match[str]) -> str:

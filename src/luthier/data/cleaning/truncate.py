@@ -20,12 +20,17 @@ def truncate_by_tokens(
         max_tokens: the most that stay.
         tokenizer: the model's.
     """
-    # No token is shorter than a character but where one character is several.
-    if len(text) <= max_tokens and len(text.encode("utf-8", "surrogatepass")) <= max_tokens:
-        return text
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    if len(offsets) <= max_tokens:
-        return text
-    # A character may be several tokens; where the limit falls inside one, all of it goes.
-    return text[: min(offsets[max_tokens - 1][1], offsets[max_tokens][0])]
+    while True:
+        # A token has one character or more, but for a blank that some tokenizers put first.
+        if text.isascii() and len(text) < max_tokens:
+            return text
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encoded["offset_mapping"]
+        if len(offsets) <= max_tokens:
+            return text
+        # A character may be several tokens; where the limit falls inside one, all of it goes.
+        end = min(offsets[max_tokens - 1][1], offsets[max_tokens][0])
+        if end >= len(text):
+            return text
+        # What is left may be divided otherwise than it was within the whole.
+        text = text[:end]

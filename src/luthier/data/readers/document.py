@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from luthier.data.examples import Reject
 from luthier.data.readers.rows import Row
 from luthier.data.readers.text import TextReader
-from luthier.data.readers.values import Flaw, Parser, as_row, named, twice_message
+from luthier.data.readers.values import Flaw, Parser, as_row, duplicate, named
 from luthier.errors import UserError
 
 _PIECE = 2**20
@@ -115,6 +115,10 @@ class Document:
         """The first flaw inside the value taken last."""
         return self.parser.flaw(value, self._text, self._value_begin, self._at)
 
+    def taken(self) -> str:
+        """The text of the value taken last."""
+        return self._text[self._value_begin : self._at]
+
     def end(self) -> None:
         """Raises Broken where the file goes on."""
         if self.peek():
@@ -150,6 +154,8 @@ class Outline:
     """``list``, ``object``, or what else the document is, in words."""
     under: str | None = None
     """The key of an object's rows; None: the object itself is the row."""
+    flaw: Flaw | None = None
+    """Why the document cannot be used although it is JSON."""
 
 
 class DocumentReader(TextReader):
@@ -160,6 +166,8 @@ class DocumentReader(TextReader):
             with self.open() as stream:
                 begin = Document(stream).peek()
             found = Outline("list") if begin == "[" else self.outline()
+            if found.flaw is not None:
+                raise UserError(found.flaw.message, where=str(self.path), remedy="mend this value")
             if found.kind not in ("list", "object"):
                 raise UserError(
                     f"the JSON holds {found.kind}, not rows",
@@ -195,14 +203,14 @@ class DocumentReader(TextReader):
             raise UserError("the file holds an empty list", where=str(self.path), remedy="put rows into it")
 
     def _row(self, document: Document, value: Any, number: int) -> Row | Reject:
-        return as_row(value, document.flaw(value), str(self.path), number)
+        flaw = document.flaw(value)
+        return as_row(value, flaw, str(self.path), number, document.taken() if flaw is not None else "")
 
     def outline(self) -> Outline:
         """Read the file to its end and say where its rows are.
 
         Raises:
             Broken: it is no JSON. RecursionError: it is nested too deeply.
-            UserError: a key of the outermost object stands twice, or it is a value that cannot be.
         """
         with self.open() as stream:
             document = Document(stream)
@@ -214,19 +222,17 @@ class DocumentReader(TextReader):
                 found = self._outline_of_object(document)
             else:
                 value = document.value()
-                if isinstance(value, Flaw):
-                    raise UserError(value.message, where=str(self.path), remedy="put a list of objects there")
-                found = Outline(named(value))
+                found = Outline(named(value), flaw=value if isinstance(value, Flaw) else None)
             document.end()
             return found
 
     def _outline_of_object(self, document: Document) -> Outline:
         seen: set[str] = set()
         lists: list[str] = []
-        data_is_list = False
+        data_is_list, flaw = False, None
         for key in document.members():
-            if key in seen:
-                raise UserError(twice_message(key), where=str(self.path), remedy="name the key once")
+            if key in seen and flaw is None:
+                flaw = duplicate(key)
             seen.add(key)
             if document.peek() != "[":
                 document.value()
@@ -236,7 +242,7 @@ class DocumentReader(TextReader):
             data_is_list |= key == "data"
         under = "data" if data_is_list else lists[0] if len(lists) == 1 else None
         # A single conversation is a row, not a list of rows under "messages".
-        return Outline("object", None if under in ("messages", "conversations") else under)
+        return Outline("object", None if under in ("messages", "conversations") else under, flaw)
 
 
 def _pass_over(document: Document) -> bool:

@@ -59,12 +59,14 @@ def check_file(path: Path) -> Kind:
     return kind
 
 
-class _Unpacked(io.RawIOBase):
-    """An archive's content. An archive that is broken or cut short is a :class:`UserError` where it is met."""
+class _Checked(io.RawIOBase):
+    """A file's content. A disk that fails, and an archive that is broken or cut short, are a :class:`UserError` where
+    they are met."""
 
-    def __init__(self, inner: Any, path: Path) -> None:
+    def __init__(self, inner: Any, path: Path, packing: str) -> None:
         self._inner = inner
         self._path = path
+        self._packing = packing
 
     def readable(self) -> bool:
         return True
@@ -75,9 +77,9 @@ class _Unpacked(io.RawIOBase):
             piece = self._inner.read(len(view))
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
-                f"{self._path.name!r} cannot be unpacked: {str(error).rstrip('.')}",
+                f"{self._path.name!r} cannot be {'unpacked' if self._packing else 'read'}: {str(error).rstrip('.')}",
                 where=str(self._path),
-                remedy="copy or pack it again; it is broken or cut short",
+                remedy="copy or pack it again; it is broken or cut short" if self._packing else "check the disk",
             ) from None
         view[: len(piece)] = piece
         return len(piece)
@@ -94,17 +96,15 @@ def open_bytes(path: Path, packing: str = "") -> BinaryIO:
         UserError: it cannot be read; while reading: the archive is broken.
     """
     try:
-        stream = path.open("rb", buffering=_PIECE)
+        inner: Any = path.open("rb", buffering=0 if not packing else _PIECE)
     except OSError as error:
         raise UserError(
             f"{str(path)!r} cannot be read: {error.strerror}", where=str(path), remedy="check the file's permissions"
         ) from None
-    if not packing:
-        return stream
     if packing == ".gz":
-        inner: Any = gzip.GzipFile(fileobj=stream)
-    else:
+        inner = gzip.GzipFile(fileobj=inner)
+    elif packing == ".zst":
         import pyarrow  # reads Zstandard, which Python does from 3.14 on
 
-        inner = pyarrow.input_stream(stream, compression="zstd", buffer_size=_PIECE)
-    return io.BufferedReader(_Unpacked(inner, path), _PIECE)
+        inner = pyarrow.input_stream(inner, compression="zstd", buffer_size=_PIECE)
+    return io.BufferedReader(_Checked(inner, path, packing), _PIECE)

@@ -53,7 +53,7 @@ class LinesReader(TextReader):
 def _row(parser: Parser, line: str, path: str, number: int) -> Row | Reject:
     try:
         value = parser.whole(line)
-        return as_row(value, parser.flaw(value, line), path, number)
+        return as_row(value, parser.flaw(value, line), path, number, line)
     except json.JSONDecodeError as error:
         near = line[max(0, error.pos - 20) : error.pos + 20].strip()
         return Reject(

@@ -44,7 +44,7 @@ class TextReader(Reader):
         encoding = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
         return io.TextIOWrapper(open_bytes(self.path, self.kind.packing), encoding=encoding, newline=newline)
 
-    def first_line(self, limit: int = 2**26) -> tuple[str, bool]:
+    def first_line(self, limit: int = 2**24) -> tuple[str, bool]:
         """The first line that holds more than blanks (or so many characters of it), and whether another follows.
 
         Raises:

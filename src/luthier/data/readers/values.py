@@ -26,11 +26,13 @@ class Flaw(dict[str, Any]):
 
     reason = "bad_json"
     message = ""
+    field: str | None = None
+    """The row's key that it is under, where that is known."""
 
 
-def _flaw(reason: str, message: str, content: dict[str, Any] | None = None) -> Flaw:
+def _flaw(reason: str, message: str, content: dict[str, Any] | None = None, field: str | None = None) -> Flaw:
     flaw = Flaw(content or {})
-    flaw.reason, flaw.message = reason, message
+    flaw.reason, flaw.message, flaw.field = reason, message, field
     return flaw
 
 
@@ -41,7 +43,7 @@ class Parser:
         self._flawed = False
         decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
-            parse_constant=lambda name: self._noted("bad_json", f"not valid JSON: {name} is no JSON value"),
+            parse_constant=lambda name: self._noted(f"not valid JSON: {name} is no JSON value"),
             parse_int=self._integer,
             parse_float=self._float,
         )
@@ -55,6 +57,8 @@ class Parser:
             JSONDecodeError, RecursionError: it is none.
         """
         self._flawed = False
+        if text.startswith("\ufeff"):
+            raise json.JSONDecodeError("a byte order mark within the file", text, 0)
         return self._decode(text)
 
     def scan(self, text: str, begin: int) -> tuple[Any, int]:
@@ -76,13 +80,19 @@ class Parser:
         end = len(text) if end is None else end
         if text.count("[", begin, end) + text.count("{", begin, end) > DEEPEST and _is_deep(value):
             return _flaw("bad_json", f"the JSON is nested too deeply, in more than {DEEPEST} levels")
-        if self._flawed or _HALF.search(text, begin, end):
-            return _first_flaw(value)
-        return None
+        if not self._flawed and not _HALF.search(text, begin, end):
+            return None
+        if isinstance(value, dict) and not isinstance(value, Flaw):
+            for key, inner in value.items():
+                found = _first_flaw([key, inner])
+                if found is not None:
+                    found.field = _writable(key)
+                    return found
+        return _first_flaw(value)
 
-    def _noted(self, reason: str, message: str, content: dict[str, Any] | None = None) -> Flaw:
+    def _noted(self, message: str) -> Flaw:
         self._flawed = True
-        return _flaw(reason, message, content)
+        return _flaw("bad_json", message)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -90,21 +100,29 @@ class Parser:
             return made
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        return self._noted("duplicate_key", twice_message(twice), made)
+        self._flawed = True
+        return duplicate(twice, made)
 
     def _integer(self, digits: str) -> Any:
         try:
             return int(digits)
         except ValueError:  # Python reads no more than 4,300 digits
-            return self._noted("bad_json", f"a number of {len(digits):,} digits cannot be read")
+            return self._noted(f"a number of {len(digits):,} digits cannot be read")
 
     def _float(self, digits: str) -> Any:
         value = float(digits)
-        return value if math.isfinite(value) else self._noted("bad_json", f"the number {shorten(digits)} is too large")
+        return value if math.isfinite(value) else self._noted(f"the number {shorten(digits)} is too large")
 
 
-def twice_message(key: str) -> str:
-    return f"the key {key!r} stands twice in one object, so one of its values would be lost"
+def duplicate(key: str, content: dict[str, Any] | None = None) -> Flaw:
+    """The flaw of an object that has a key twice."""
+    message = f"the key {key!r} stands twice in one object, so one of its values would be lost"
+    return _flaw("duplicate_key", message, content, _writable(key))
+
+
+def _writable(key: str) -> str:
+    """A key that may have half a character, as a file of rejects can hold it."""
+    return key.encode("utf-8", "replace").decode("utf-8")
 
 
 def _is_deep(value: Any) -> bool:
@@ -147,19 +165,21 @@ def named(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def as_row(value: Any, flaw: Flaw | None, path: str, line: int) -> Row | Reject:
-    """A parsed value as a row, or as the reject that says why it is none."""
+def as_row(value: Any, flaw: Flaw | None, path: str, line: int, text: str) -> Row | Reject:
+    """A parsed value as a row, or as the reject that says why it is none.
+
+    Args:
+        value: as parsed.
+        flaw: the first one in it.
+        path: its file.
+        line: its line, or its number in the file.
+        text: what it was parsed from; may be empty where there is no flaw.
+    """
     if not isinstance(value, dict):
-        return Reject(
-            path,
-            line,
-            "not_an_object",
-            f"the row is {named(value)}, not an object with keys",
-            value=None if flaw else shorten(value),
-            remedy='write {"prompt": …, "response": …}',
-        )
+        message = f"the row is {named(value)}, not an object with keys"
+        shown = shorten(text.strip() if flaw else value)
+        return Reject(path, line, "not_an_object", message, value=shown, remedy='write {"prompt": …, "response": …}')
     if flaw is not None:
         remedy = "name the key once" if flaw.reason == "duplicate_key" else "mend this value"
-        deep = "deeply" in flaw.message
-        return Reject(path, line, flaw.reason, flaw.message, value=None if deep else shorten(value), remedy=remedy)
+        return Reject(path, line, flaw.reason, flaw.message, flaw.field, shorten(text.strip()), remedy)
     return Row(value, Source(path, line))

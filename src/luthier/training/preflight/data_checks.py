@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.data.dataset import Dataset, Part
+from luthier.data.duplicates import contradictions, find_copies
 from luthier.data.encode import EncodedExample
-from luthier.data.examples import TrainingExample
+from luthier.data.examples import Source, TrainingExample
 from luthier.data.findings import Finding, places
 from luthier.data.labels import Classes, label_findings
-from luthier.data.render import Rendered, special_tokens
+from luthier.data.leakage import overlap
+from luthier.data.render import NOTES, Rendered, Renderer, special_tokens
 from luthier.recipe import Recipe
-from luthier.training.preflight.similarity import near_copies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ def check_data(recipe: Recipe, dataset: Dataset) -> list[Finding]:
         *_special_text(recipe, dataset),
         *_cut(dataset),
         *_repetition(dataset.train),
-        *_overlap(dataset),
+        *_overlap(recipe, dataset),
         *_labels(dataset.train),
     ]
     if not dataset.validation.encoded and dataset.train.encoded:
@@ -96,6 +97,7 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
     """Decode what is trained and compare it with the answers, the end-of-turn and the serving prompt."""
     renderer, tokenizer = dataset.renderer, dataset.renderer.tokenizer
     differs, unstopped, prompts = [], [], []
+    noted: dict[str, list[Source | None]] = defaultdict(list)
     chats = 0
     for row, example in _sample(dataset.train):
         if row.cut or (example.is_plain_text and not row.trained[1:].all()):
@@ -103,9 +105,11 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
         rendered = renderer.render(example)
         if not example.is_plain_text and renderer.train_on != "all":
             chats += 1
-            if not _ends_turns(row, renderer.end_of_turn, tokenizer):
+            for note in rendered.notes:
+                noted[note].append(row.source)
+            if not _ends_turns(row, renderer.ends_of_turn, tokenizer):
                 unstopped.append(row.source)
-            elif not _says_answers(row, rendered, example, renderer.train_on, tokenizer):
+            elif not _says_answers(row, rendered, example, renderer):
                 differs.append(row.source)
             if not _prompt_ids_agree(row, rendered, tokenizer):
                 prompts.append(row.source)
@@ -145,23 +149,25 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
             len(prompts),
             places(prompts),
         )
+    for note, sources in noted.items():
+        yield Finding(
+            note,
+            "info",
+            NOTES[note],
+            "name another template in model.chat_template if that is not meant",
+            len(sources),
+            places(sources),
+        )
 
 
-def _ends_turns(row: EncodedExample, end: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
-    if end is None:
-        return True
-    end_id = tokenizer.convert_tokens_to_ids(end)
-    return all(row.input_ids[stop - 1] == end_id for _, stop in runs(row.trained))
+def _ends_turns(row: EncodedExample, ends: frozenset[str], tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = [tokenizer.convert_tokens_to_ids(end) for end in ends]
+    return not ids or all(row.input_ids[stop - 1] in ids for _, stop in runs(row.trained))
 
 
-def _says_answers(
-    row: EncodedExample,
-    rendered: Rendered,
-    example: TrainingExample,
-    train_on: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> bool:
+def _says_answers(row: EncodedExample, rendered: Rendered, example: TrainingExample, renderer: Renderer) -> bool:
     """The trained tokens decode to the trained spans, and those hold the row's own answers, in order."""
+    tokenizer = renderer.tokenizer
     said = _squeezed(
         "".join(
             str(tokenizer.decode(row.input_ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -170,9 +176,9 @@ def _says_answers(
     )
     if said != _squeezed("".join(rendered.text[a:b] for a, b in rendered.spans)):
         return False
-    turns = [m for m in example.to_chat_format() if m["role"] == "assistant"]
+    messages = example.to_chat_format()
     cursor = 0
-    for turn in turns if train_on == "answers" else turns[-1:]:
+    for turn in (messages[i] for i in renderer.trained_turns(messages)):
         # Templates that drop the reasoning of earlier turns keep what follows it.
         answer = _squeezed(str(turn.get("content") or ""))
         place = said.find(answer, cursor)
@@ -271,36 +277,20 @@ def _cut(dataset: Dataset) -> Iterator[Finding]:
         )
 
 
-def _key(example: TrainingExample) -> tuple[str, str]:
-    """``(what is asked, what is answered)``"""
-    if example.messages is not None:
-        *before, last = example.messages
-        return repr(before), repr(last)
-    return (example.input, "") if example.output is None else (example.input, example.output)
-
-
 def _repetition(train: Part) -> Iterator[Finding]:
-    seen: Counter[tuple[str, str]] = Counter()
-    answers: dict[str, set[str]] = defaultdict(set)
-    copies, against = [], []
-    for example in train.examples:
-        key = _key(example)
-        seen[key] += 1
-        if seen[key] > 1:
-            copies.append(example.source)
-        elif key[1]:
-            answers[key[0]].add(key[1])
-            if len(answers[key[0]]) > 1:
-                against.append(example.source)
-    if copies:
+    examples = train.examples
+    first = find_copies(examples).exact_first
+    copies = np.flatnonzero(first != np.arange(len(first)))
+    if len(copies):
         yield Finding(
             "duplicates",
             "warning",
             f"{len(copies):,} training rows repeat an earlier one word for word",
-            "remove them unless the weight is meant",
+            "set data.deduplicate=exact unless the weight is meant",
             len(copies),
-            places(copies),
+            places(examples[int(i)].source for i in copies),
         )
+    against = sorted(int(i) for group in contradictions(examples) for i in group[1:])
     if against:
         yield Finding(
             "contradictions",
@@ -308,41 +298,54 @@ def _repetition(train: Part) -> Iterator[Finding]:
             f"{len(against):,} training rows ask what an earlier row asks and answer differently",
             "keep one answer, or say in the prompt what makes the difference",
             len(against),
-            places(against),
+            places(examples[int(i)].source for i in against),
         )
 
 
-def _overlap(dataset: Dataset) -> Iterator[Finding]:
-    trained = {_key(e) for e in dataset.train.examples}
-    for part in (dataset.validation, dataset.test):
-        same = [e.source for e in part.examples if _key(e) in trained]
-        if same:
+def _overlap(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
+    """Rows that are held out and trained on; all of them at once, so that the training rows are read once."""
+    parts = [part for part in (dataset.validation, dataset.test) if part.examples]
+    if not parts or not dataset.train.examples:
+        return
+    held_out = [example for part in parts for example in part.examples]
+    found = overlap(held_out, dataset.train.examples, threshold=recipe.data.near_threshold)
+    kinds = (
+        (
+            "overlap",
+            found.exact,
+            "are in the training rows too: their score would measure memory",
+            "remove them from the {} file",
+        ),
+        (
+            "overlap_prompt",
+            found.prompt,
+            "ask what a training row asks, and answer it differently",
+            "remove them from the {} file, or split with data.split.group_by=prompt",
+        ),
+        (
+            "overlap_near",
+            found.near,
+            "are nearly the same as a training row",
+            "look at them: if they say the same, split with data.split.group_by=near_duplicates",
+        ),
+    )
+    begin = 0
+    for part in parts:
+        end = begin + len(part.examples)
+        for code, others, what, remedy in kinds:
+            same = np.flatnonzero(others[begin:end] >= 0)
+            if not len(same):
+                continue
             share = len(same) / len(part.examples)
             yield Finding(
-                "overlap",
-                "error" if share > 0.01 else "warning",
-                f"{len(same):,} of {len(part.examples):,} {part.name} rows ({share:.1%}) are in the training rows too: "
-                "their score would measure memory",
-                f"remove them from the {part.name} file",
+                code,
+                "error" if code == "overlap" and share > 0.01 else "warning",
+                f"{len(same):,} of {len(part.examples):,} {part.name} rows ({share:.1%}) {what}",
+                remedy.format(part.name),
                 len(same),
-                places(same),
+                places(part.examples[int(i)].source for i in same),
             )
-    for part in (dataset.validation, dataset.test):
-        rows = [e for e in part.examples if _key(e) not in trained]
-        near = near_copies([_text(e) for e in rows], [_text(e) for e in dataset.train.examples])
-        if near:
-            yield Finding(
-                "overlap_near",
-                "warning",
-                f"{len(near):,} of {len(part.examples):,} {part.name} rows are nearly the same as a training row",
-                "look at them: if they say the same, keep them on one side",
-                len(near),
-                places(rows[i].source for i in near),
-            )
-
-
-def _text(example: TrainingExample) -> str:
-    return " ".join(str(m.get("content") or "") for m in example.to_chat_format())
+        begin = end
 
 
 def _labels(train: Part) -> Iterator[Finding]:

@@ -14,12 +14,13 @@ import torch
 
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
-from luthier.data.findings import Finding
+from luthier.data.encoded import lengths_of
 from luthier.methods.base import TuningMethod, parameter_counts
 from luthier.recipe import LoraMethod, Recipe
 from luthier.training.fused.layer import Recompute
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
+from luthier.training.preflight.findings import Finding
 from luthier.training.saver import COPIED
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def predict(
     """
     trained, every = parameter_counts(model)
     size = next(model.parameters()).element_size()
-    lengths = np.sort([len(row) for row in rows])[::-1] if rows else np.zeros(1, dtype=int)
+    lengths = np.sort(lengths_of(rows))[::-1] if rows else np.zeros(1, dtype=int)
     batch = recipe.training.per_device_train_batch_size
     # The heaviest batch seen over a few thousand shuffled steps lies near its mean plus four deviations.
     spread = float(lengths.mean() * batch + 4 * lengths.std() * math.sqrt(batch))
@@ -206,7 +207,8 @@ def first_loss(
     Returns:
         ``(trained, plain)``, nats a token; None where there is no row.
     """
-    examples = sorted(dataset.train.encoded[: 50 * rows], key=len)[: 10 * rows : 10] or dataset.train.encoded[:1]
+    first = sorted(dataset.train.encoded[: 50 * rows], key=len)
+    examples = first[: 10 * rows : 10] or first[:1]
     if not examples:
         return None
     device = next(model.parameters()).device

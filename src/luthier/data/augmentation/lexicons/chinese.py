@@ -30,7 +30,9 @@ def chinese_words(field: Field) -> tuple[list[tuple[Piece, tuple[str, ...]]], in
             piece, at = Piece(at, at + len(word), word), at + len(word)
             words += len(word) > 1
             options = _table().get((word, tag[0])) if tag not in _NAMES else None
-            if options and not field.keeps(piece.start, piece.end):
+            # 不但是 is no 但是: what follows 不 belongs to it.
+            bound = tag[0] in "cd" and field.text[piece.start - 1 : piece.start] == "不"
+            if options and not bound and not field.keeps(piece.start, piece.end):
                 found.append((piece, options))
     return found, words
 
@@ -45,7 +47,7 @@ def _jieba() -> Any:
 
     jieba.setLogLevel(logging.ERROR)
     jieba.initialize()
-    return jieba.posseg.POSTokenizer(jieba.dt)
+    return jieba.posseg.dt
 
 
 @cache
