@@ -12,9 +12,10 @@ import numpy as np
 
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import Reject, TrainingExample
-from luthier.data.loader import load_source
 from luthier.data.render import Renderer
+from luthier.data.sources import read_examples
 from luthier.data.stats import SAMPLE, Stats, measure
+from luthier.data.store import ExampleStore
 from luthier.errors import UserError
 from luthier.recipe import Recipe, Source, apply_overrides
 
@@ -33,6 +34,8 @@ class Rows:
     examples: Sequence[TrainingExample] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     rows_in: int = 0
+    filtered: int = 0
+    """Rows that the recipe's own filters refuse."""
     formats: list[str] = field(default_factory=list)
 
 
@@ -44,6 +47,7 @@ class Subject:
         overrides: ``key=value`` pairs laid over the recipe, or over the defaults for a file.
         columns: which column holds what, for a file.
         model: whose tokenizer and template measure; None: the recipe's.
+        clean: look at the rows as data.clean leaves them.
 
     Raises:
         UserError: the file cannot be read, or the recipe is wrong.
@@ -56,6 +60,7 @@ class Subject:
         *,
         columns: Mapping[str, str] | None = None,
         model: str | None = None,
+        clean: bool = False,
     ) -> None:
         self.path = path
         self.is_recipe = path.suffix.lower() in RECIPES
@@ -74,18 +79,28 @@ class Subject:
         if not data.train:
             raise UserError("the recipe names no training data", where="data.train", remedy="name a file there")
         named = {"train": data.train, "validation": data.validation, "test": data.test, "benchmarks": data.benchmarks}
-        self.parts = {name: self._read(sources) for name, sources in named.items() if sources}
+        self.parts = {name: self._read(sources, clean) for name, sources in named.items() if sources}
 
-    def _read(self, sources: Iterable[Source]) -> Rows:
-        rows = Rows()
-        examples: list[TrainingExample] = []
+    def _read(self, sources: Iterable[Source], clean: bool) -> Rows:
+        from luthier.data.cleaning import Cleaning
+
+        data = self.recipe.data
+        store, rows = ExampleStore(), Rows()
+        cleaning = Cleaning(data.clean, tokenizer=self.tokenizer) if clean and data.clean else None
         for source in sources:
-            loaded = load_source(source, self.recipe.data.columns)
-            examples += loaded.examples
-            rows.rejects += loaded.rejects
-            rows.rows_in += loaded.rows_in
-            rows.formats.append(loaded.format)
-        rows.examples = examples
+            reading = read_examples(source, data.columns)
+            for row in reading:
+                rows.rows_in += 1
+                if isinstance(row, Reject):
+                    rows.rejects.append(row)
+                    continue
+                for made in [row] if cleaning is None else cleaning.apply([row]):
+                    if isinstance(made, Reject):
+                        rows.filtered += 1
+                    else:
+                        store.append(made)
+            rows.formats.append(reading.format)
+        rows.examples = store
         return rows
 
     @property

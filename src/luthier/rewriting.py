@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.convert import convert
 from luthier.data.examples import Reject, TrainingExample
+from luthier.data.store import Chosen, ExampleStore, Joined
 from luthier.data.writers import writable_kind, write_records
 from luthier.errors import UserError
 from luthier.judging import Subject
@@ -115,7 +117,7 @@ def clean_rows(
     for path in (output, rejected):
         writable_kind(path, force=force)
     cleaning = Cleaning(chosen, tokenizer=subject.tokenizer if _count_tokens(chosen) else None)
-    rejects, kept = list(subject.train.rejects), []
+    rejects, kept = list(subject.train.rejects), ExampleStore()
     for made in cleaning.apply(subject.train.examples):
         if isinstance(made, Reject):
             rejects.append(made)
@@ -123,7 +125,7 @@ def clean_rows(
             kept.append(made)
     indices, copies = deduplicated(kept, data.deduplicate, data.near_threshold)
     rejects += copies
-    outcome = _written({output: [kept[i] for i in indices.tolist()]}, force)
+    outcome = _written({output: Chosen(kept, indices)}, force)
     if rejects:
         _write_rejects(rejected, rejects, outcome, force)
     if copies:
@@ -173,8 +175,8 @@ def augment_rows(
         local=local_answerer,
     )
     rows = subject.train.examples
-    variants = list(augmentation.apply(rows))
-    outcome = _written({output: [*rows, *variants]}, force)
+    variants = ExampleStore(augmentation.apply(rows))
+    outcome = _written({output: Joined(rows, variants)}, force)
     outcome.notes.append(f"{len(rows):,} rows and {len(variants):,} variants, which say so in their metadata")
     outcome.details = augmentation.report().to_dict()
     outcome.shown = render_augmentation(augmentation.report())
@@ -202,8 +204,8 @@ def split_rows(subject: Subject, folder: Path | None = None, *, force: bool = Fa
         near_threshold=data.near_threshold,
     )
     names = ("train", "validation", "test")
-    parts = {
-        output_beside(subject, name, folder): [rows[i] for i in indices.tolist()]
+    parts: dict[Path, Sequence[TrainingExample]] = {
+        output_beside(subject, name, folder): Chosen(rows, indices)
         for name, indices in zip(names, result.parts, strict=True)
         if len(indices)
     }
@@ -219,16 +221,15 @@ def _beside(output: Path, word: str) -> Path:
     return output.with_name(f"{output.name.partition('.')[0]}.{word}.jsonl")
 
 
-def _written(parts: dict[Path, list[TrainingExample]], force: bool) -> Outcome:
+def _written(parts: dict[Path, Sequence[TrainingExample]], force: bool) -> Outcome:
     """Write each part in the simplest format that holds all of them; nothing is written if one cannot be."""
     from luthier.data.convert import simplest_format
 
     for path in parts:
         writable_kind(path, force=force)
-    every = [example for rows in parts.values() for example in rows]
-    if not every:
+    if not any(len(rows) for rows in parts.values()):
         raise UserError("no row is left to write", remedy="use gentler steps; each refused row says why")
-    to = simplest_format(every)
+    to = simplest_format(itertools.chain.from_iterable(parts.values()))
     outcome = Outcome()
     for path, rows in parts.items():
         convert(rows, path, to, force=force)

@@ -54,7 +54,12 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 
 def _subject(
-    path: Path, overrides: list[str] | None = None, column: list[str] | None = None, model: str | None = None
+    path: Path,
+    overrides: list[str] | None = None,
+    column: list[str] | None = None,
+    model: str | None = None,
+    *,
+    clean: bool = False,
 ) -> Subject:
     from luthier.errors import UserError
     from luthier.judging import Subject
@@ -62,7 +67,7 @@ def _subject(
     columns = dict(pair.partition("=")[::2] for pair in column or ())
     if not all(columns.values()):
         raise UserError("--column wants part=column", where="--column", remedy="for example --column prompt=question")
-    return Subject(path, overrides or (), columns=columns, model=model)
+    return Subject(path, overrides or (), columns=columns, model=model, clean=clean)
 
 
 def _print(*shown: Any) -> None:
@@ -94,7 +99,7 @@ def stats(
     from luthier.data.stats_view import render_stats
     from luthier.judging import stats_of
 
-    opened = _subject(subject, overrides, column, model)
+    opened = _subject(subject, overrides, column, model, clean=True)
     found = stats_of(opened, sample=None if every else sample, seed=seed)
     if html is not None:
         from luthier.data.report import write_report
@@ -123,7 +128,7 @@ def preview(
     from luthier.data.preview import render_encoded, row_json
     from luthier.judging import rows_to_show
 
-    opened = _subject(subject, overrides, column, model)
+    opened = _subject(subject, overrides, column, model, clean=True)
     shown, refused = rows_to_show(opened, count=rows, places=row or ())
     if as_json:
         from dataclasses import asdict
@@ -153,7 +158,7 @@ def lint(
     from luthier.data.lint_view import render_lint
     from luthier.judging import lint_of
 
-    opened = _subject(subject, overrides, column, model)
+    opened = _subject(subject, overrides, column, model, clean=True)
     found = lint_of(opened, near=near)
     if html is not None:
         from luthier.data.report import write_report
