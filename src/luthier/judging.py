@@ -1,4 +1,4 @@
-"""What `luthier data` does: open a file or a recipe's data, and judge, show or rewrite its rows."""
+"""A file, or the files of a recipe, opened to be judged: numbers, problems, and rows as the model reads them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import Reject, TrainingExample
-from luthier.data.loader import load_file
 from luthier.data.render import Renderer
+from luthier.data.sources import read_examples
 from luthier.data.stats import SAMPLE, Stats, measure
+from luthier.data.store import ExampleStore
 from luthier.errors import UserError
-from luthier.recipe import Recipe, apply_overrides
+from luthier.recipe import Recipe, Source, apply_overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +34,8 @@ class Rows:
     examples: Sequence[TrainingExample] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     rows_in: int = 0
+    filtered: int = 0
+    """Rows that the recipe's own filters refuse."""
     formats: list[str] = field(default_factory=list)
 
 
@@ -42,6 +47,7 @@ class Subject:
         overrides: ``key=value`` pairs laid over the recipe, or over the defaults for a file.
         columns: which column holds what, for a file.
         model: whose tokenizer and template measure; None: the recipe's.
+        clean: look at the rows as data.clean leaves them.
 
     Raises:
         UserError: the file cannot be read, or the recipe is wrong.
@@ -54,6 +60,7 @@ class Subject:
         *,
         columns: Mapping[str, str] | None = None,
         model: str | None = None,
+        clean: bool = False,
     ) -> None:
         self.path = path
         self.is_recipe = path.suffix.lower() in RECIPES
@@ -71,19 +78,29 @@ class Subject:
         data = self.recipe.data
         if not data.train:
             raise UserError("the recipe names no training data", where="data.train", remedy="name a file there")
-        named = {"train": data.train, "validation": data.validation, "test": data.test}
-        self.parts = {name: self._read(sources) for name, sources in named.items() if sources}
+        named = {"train": data.train, "validation": data.validation, "test": data.test, "benchmarks": data.benchmarks}
+        self.parts = {name: self._read(sources, clean) for name, sources in named.items() if sources}
 
-    def _read(self, sources: Iterable[Any]) -> Rows:
-        rows = Rows()
-        examples: list[TrainingExample] = []
+    def _read(self, sources: Iterable[Source], clean: bool) -> Rows:
+        from luthier.data.cleaning import Cleaning
+
+        data = self.recipe.data
+        store, rows = ExampleStore(), Rows()
+        cleaning = Cleaning(data.clean, tokenizer=self.tokenizer) if clean and data.clean else None
         for source in sources:
-            loaded = load_file(source.path, source.columns or self.recipe.data.columns)
-            examples += loaded.examples
-            rows.rejects += loaded.rejects
-            rows.rows_in += loaded.rows_in
-            rows.formats.append(loaded.format)
-        rows.examples = examples
+            reading = read_examples(source, data.columns)
+            for row in reading:
+                rows.rows_in += 1
+                if isinstance(row, Reject):
+                    rows.rejects.append(row)
+                    continue
+                for made in [row] if cleaning is None else cleaning.apply([row]):
+                    if isinstance(made, Reject):
+                        rows.filtered += 1
+                    else:
+                        store.append(made)
+            rows.formats.append(reading.format)
+        rows.examples = store
         return rows
 
     @property
@@ -110,13 +127,29 @@ class Subject:
 
 
 def stats_of(subject: Subject, *, sample: int | None = SAMPLE, seed: int = 0) -> dict[str, Stats]:
-    """The numbers of each part."""
+    """The numbers of each part.
+
+    Args:
+        subject: the file or recipe.
+        sample: rows to tokenise at the most, and up to how many near copies are looked for; None: all.
+        seed: of the sample.
+    """
+    from luthier.data.duplicates import find_copies
+
     encoder = subject.encoder(allow_special_tokens=True)
-    return {
-        name: measure(part.examples, encoder, sample=sample, seed=seed)
-        for name, part in subject.parts.items()
-        if len(part.examples)
-    }
+    found = {}
+    for name, part in subject.parts.items():
+        if not len(part.examples) or name == "benchmarks":
+            continue
+        stats = measure(part.examples, encoder, sample=sample, seed=seed)
+        near = subject.recipe.data.near_threshold if sample is None or len(part.examples) <= sample else None
+        copies = find_copies(part.examples, near=near)
+        own = np.arange(len(part.examples))
+        stats.exact_copies = int((copies.exact_first != own).sum())
+        if near is not None:
+            stats.near_copies = int((copies.near_first != own).sum()) - stats.exact_copies
+        found[name] = stats
+    return found
 
 
 def rows_to_show(
@@ -164,34 +197,6 @@ def _row_at(subject: Subject, place: str) -> tuple[TrainingExample | None, Rejec
         where="--row",
         remedy="name the line of its first character; in .json and .parquet files, its number",
     )
-
-
-def convert_rows(subject: Subject, output: Path, to: str, *, force: bool = False, lossy: bool = False) -> list[str]:
-    """Write a file's rows, or a recipe's training rows, in another format.
-
-    Returns:
-        what was done, line by line.
-
-    Raises:
-        UserError: a row cannot be held, or was refused on reading and would be lost.
-    """
-    from luthier.data.convert import convert
-
-    train = subject.train
-    if train.rejects and not lossy:
-        first = train.rejects[0]
-        raise UserError(
-            f"{len(train.rejects):,} of {train.rows_in:,} rows cannot be read and would be lost: {first.message}",
-            where=f"{first.file}:{first.line}",
-            remedy="mend them, or leave them out with --lossy",
-        )
-    done = convert(train.examples, output, to, force=force, lossy=lossy)
-    lines = [f"wrote {output}: {done.rows:,} rows, format {done.format}; read back the same"]
-    if done.changed:
-        lines.append(f"  metadata of {done.changed:,} rows changed; first: {done.first_change}")
-    if train.rejects:
-        lines.append(f"  {len(train.rejects):,} rows could not be read and are left out")
-    return lines
 
 
 def lint_of(subject: Subject, *, near: bool = True) -> Lint:

@@ -137,7 +137,13 @@ class Step(Section):
             return {"name": value}
         if isinstance(value, dict) and len(value) == 1 and not {"name", "options"} & set(value):
             ((name, options),) = value.items()
-            return {"name": name, "options": options or {}}
+            value = {"name": name, "options": options or {}}
+        if isinstance(value, dict) and isinstance(value.get("options"), dict):
+            # YAML 1.1 reads the key `on` as true.
+            options = {
+                "on" if key is True or key == "true" else key: option for key, option in value["options"].items()
+            }
+            value = {**value, "options": options}
         return value
 
 

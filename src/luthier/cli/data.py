@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from luthier.judging import Subject
+    from luthier.rewriting import Outcome
 
 app = typer.Typer(
     name="data",
@@ -38,11 +39,27 @@ Column = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Write a report with plots, one file.", show_default=False)]
+Steps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--step",
+        help="A step in place of the recipe's: name, or '{name: {option: value}}'; repeat.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The file to write: beside the data.", show_default=False)
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 
 def _subject(
-    path: Path, overrides: list[str] | None = None, column: list[str] | None = None, model: str | None = None
+    path: Path,
+    overrides: list[str] | None = None,
+    column: list[str] | None = None,
+    model: str | None = None,
+    *,
+    clean: bool = False,
 ) -> Subject:
     from luthier.errors import UserError
     from luthier.judging import Subject
@@ -50,7 +67,7 @@ def _subject(
     columns = dict(pair.partition("=")[::2] for pair in column or ())
     if not all(columns.values()):
         raise UserError("--column wants part=column", where="--column", remedy="for example --column prompt=question")
-    return Subject(path, overrides or (), columns=columns, model=model)
+    return Subject(path, overrides or (), columns=columns, model=model, clean=clean)
 
 
 def _print(*shown: Any) -> None:
@@ -82,8 +99,12 @@ def stats(
     from luthier.data.stats_view import render_stats
     from luthier.judging import stats_of
 
-    opened = _subject(subject, overrides, column, model)
+    opened = _subject(subject, overrides, column, model, clean=True)
     found = stats_of(opened, sample=None if every else sample, seed=seed)
+    if html is not None:
+        from luthier.data.report import write_report
+
+        write_report(html, str(subject), stats=found, force=force)
     if as_json:
         _print_json({name: part.to_dict() for name, part in found.items()})
         return
@@ -107,7 +128,7 @@ def preview(
     from luthier.data.preview import render_encoded, row_json
     from luthier.judging import rows_to_show
 
-    opened = _subject(subject, overrides, column, model)
+    opened = _subject(subject, overrides, column, model, clean=True)
     shown, refused = rows_to_show(opened, count=rows, places=row or ())
     if as_json:
         from dataclasses import asdict
@@ -120,21 +141,145 @@ def preview(
 
 
 @app.command()
+def lint(
+    subject: SubjectPath,
+    overrides: Overrides = None,
+    model: ModelName = None,
+    column: Column = None,
+    near: Annotated[bool, typer.Option(help="Look for near copies too.")] = True,
+    as_json: Json = False,
+    html: Html = None,
+    force: Force = False,
+) -> None:
+    """Rank what is wrong with the rows, with the remedy of each, and say how much data the method wants.
+
+    Exits with 1 on errors.
+    """
+    from luthier.data.lint_view import render_lint
+    from luthier.judging import lint_of
+
+    opened = _subject(subject, overrides, column, model, clean=True)
+    found = lint_of(opened, near=near)
+    if html is not None:
+        from luthier.data.report import write_report
+
+        write_report(html, str(subject), lint=found, force=force)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print(render_lint(found, str(subject)))
+    raise typer.Exit(1 if found.errors else 0)
+
+
+@app.command()
+def clean(
+    subject: SubjectPath,
+    overrides: Overrides = None,
+    step: Steps = None,
+    deduplicate: Annotated[
+        str | None, typer.Option(help="exact or near: take copies out too.", show_default=False)
+    ] = None,
+    output: Output = None,
+    model: ModelName = None,
+    column: Column = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write the rows cleaned, with an account of each step; what is refused goes into a file beside."""
+    from luthier.rewriting import clean_rows, steps_from
+
+    settings = [*(overrides or ()), *([f"data.deduplicate={deduplicate}"] if deduplicate else [])]
+    opened = _subject(subject, settings, column, model)
+    _print_outcome(clean_rows(opened, output, steps=steps_from(step or ()), force=force), as_json)
+
+
+@app.command()
+def augment(
+    subject: SubjectPath,
+    overrides: Overrides = None,
+    step: Steps = None,
+    ratio: Annotated[
+        float | None, typer.Option(min=0, help="Variants, as a share of the rows.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of chance.", show_default=False)] = None,
+    output: Output = None,
+    column: Column = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write the rows and variants of them. A recipe's data.augment does so by itself, after the split."""
+    from luthier.rewriting import augment_rows, steps_from
+
+    opened = _subject(subject, overrides, column)
+    made = augment_rows(opened, output, steps=steps_from(step or ()), ratio=ratio, seed=seed, force=force)
+    _print_outcome(made, as_json)
+
+
+@app.command()
+def split(
+    subject: SubjectPath,
+    overrides: Overrides = None,
+    validation: Annotated[float | None, typer.Option(help="Share of rows for validation.", show_default=False)] = None,
+    test: Annotated[float | None, typer.Option(help="Share of rows for the test.", show_default=False)] = None,
+    strategy: Annotated[str | None, typer.Option(help="random, stratified or time.", show_default=False)] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", help="Column of the time, or of the class.", show_default=False)
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column whose equal values stay together, or near_duplicates.", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the shuffle.", show_default=False)] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the three files: the data's own.", show_default=False)
+    ] = None,
+    column: Column = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write training, validation and test rows as three files."""
+    from luthier.rewriting import split_rows
+
+    named = {"validation": validation, "test": test, "strategy": strategy, "column": by, "group_by": group_by}
+    settings = [f"data.split.{key}={value}" for key, value in named.items() if value is not None]
+    settings += [f"seed={seed}"] if seed is not None else []
+    opened = _subject(subject, [*(overrides or ()), *settings], column)
+    _print_outcome(split_rows(opened, output_dir, force=force), as_json)
+
+
+@app.command()
 def convert(
     subject: SubjectPath,
     output: Annotated[
-        Path, typer.Argument(help="The file to write: .jsonl .json .csv .tsv .parquet", show_default=False)
+        Path,
+        typer.Argument(
+            help="The file to write: .jsonl .json .csv .tsv (also .gz .zst), .parquet .xlsx", show_default=False
+        ),
     ],
     to: Annotated[
         str, typer.Option(help="openai, sharegpt, alpaca, prompt-completion, classification, text; auto: the simplest.")
     ] = "auto",
     column: Column = None,
-    lossy: Annotated[bool, typer.Option("--lossy", help="Let metadata change where the file cannot hold it.")] = False,
+    lossy: Annotated[
+        bool,
+        typer.Option("--lossy", help="Leave out unreadable rows, and let metadata change that the file can't hold."),
+    ] = False,
+    as_json: Json = False,
     force: Force = False,
 ) -> None:
     """Write the rows in another format or kind of file; what would be lost is refused."""
-    from luthier.judging import convert_rows
+    from luthier.rewriting import convert_rows
 
-    opened = _subject(subject, None, column)
-    for line in convert_rows(opened, output, to, force=force, lossy=lossy):
-        _print(line)
+    _print_outcome(convert_rows(_subject(subject, None, column), output, to, force=force, lossy=lossy), as_json)
+
+
+def _print_outcome(outcome: Outcome, as_json: bool) -> None:
+    if as_json:
+        _print_json(outcome.to_dict())
+        return
+    if outcome.shown is not None:
+        _print(outcome.shown, "")
+    for file, rows in outcome.files.items():
+        _print(f"wrote {file}: {rows:,} rows")
+    for note in outcome.notes:
+        _print(f"  {note}")

@@ -6,15 +6,16 @@ Nothing is taken on trust: what was written is read again and compared, row by r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.examples import Message, TrainingExample
-from luthier.data.loader import load_file
+from luthier.data.examples import Message, Reject, TrainingExample
+from luthier.data.sources import read_examples
 from luthier.data.writers import TABLES, Record, as_json, writable_kind, write_records
 from luthier.errors import UserError, shorten
+from luthier.recipe import Source
 
 _SHAREGPT = {"user": "human", "assistant": "gpt", "tool": "observation"}
 _ABSENT = object()
@@ -73,7 +74,7 @@ def convert(
     changes: list[str] = []
 
     def verify(written: Path) -> None:
-        changes.extend(_changes(examples, written, table=kind in TABLES, lossy=lossy))
+        changes.extend(_changes(examples, written, table=kind.format in TABLES, lossy=lossy))
 
     write_records(path, records, force=force, verify=verify)
     return Written(len(examples), to, len(changes), changes[0] if changes else None)
@@ -90,18 +91,20 @@ class _Records:
         return (FORMATS[self.to](example) for example in self.examples)
 
 
-def simplest_format(examples: Sequence[TrainingExample]) -> str:
+def simplest_format(examples: Iterable[TrainingExample]) -> str:
     """The first format of text, prompt-completion and openai that holds every row.
 
     Raises:
         UserError: plain texts and answers are mixed, so that none does.
     """
-    for name in ("text", "prompt-completion", "openai"):
-        if all(_holds(name, example) for example in examples):
-            return name
-    raise UserError(
-        "some rows are plain text and others have answers; no format holds both", remedy="write them as two files"
-    )
+    left = ["text", "prompt-completion", "openai"]
+    for example in examples:
+        left = [name for name in left if _holds(name, example)]
+    if not left:
+        raise UserError(
+            "some rows are plain text and others have answers; no format holds both", remedy="write them as two files"
+        )
+    return left[0]
 
 
 def _holds(name: str, example: TrainingExample) -> bool:
@@ -130,23 +133,32 @@ def _changes(examples: Sequence[TrainingExample], written: Path, *, table: bool,
         UserError: it changes anything else, or that is not allowed.
     """
     try:
-        read = load_file(written)
+        pairs = itertools.zip_longest(examples, read_examples(Source(path=str(written))))
+        yield from _compared(pairs, written, table=table, lossy=lossy)
     except UserError as error:
-        raise UserError(f"the file could not be read back: {error.what}", remedy="write .jsonl") from None
-    if read.rejects:
-        first = read.rejects[0]
-        rejected = f"a row would be refused when read back: {first.message}"
-        raise UserError(rejected, where=f"row {first.line} of {written.name}", remedy="use --to openai and .jsonl")
-    for number, (before, after) in enumerate(itertools.zip_longest(examples, read.examples), 1):
+        if error.where is not None and error.where.startswith(str(written)):
+            raise UserError(f"the file could not be read back: {error.what}", remedy="write .jsonl") from None
+        raise
+
+
+def _compared(
+    pairs: Iterable[tuple[TrainingExample | None, TrainingExample | Reject | None]],
+    written: Path,
+    *,
+    table: bool,
+    lossy: bool,
+) -> Iterator[str]:
+    for number, (before, after) in enumerate(pairs, 1):
         if before is None or after is None:
-            raise UserError(
-                f"{len(examples):,} rows were written and {len(read.examples):,} read back", remedy="write .jsonl"
-            )
+            raise UserError(f"not as many rows read back as were written: {number:,} differ", remedy="write .jsonl")
+        where = _place(before, number)
+        if isinstance(after, Reject):
+            rejected = f"the row would be refused when read back: {after.message}"
+            raise UserError(rejected, where=where, remedy="use --to openai and .jsonl")
         found = difference(before, after, table=table)
         if found is None:
             continue
         part, change = found
-        where = _place(before, number)
         if part != "metadata":
             raise UserError(
                 f"the row would not read back the same: {change}",

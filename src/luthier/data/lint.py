@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from luthier.data.labels import Classes, label_findings
 from luthier.data.render import special_tokens
 from luthier.data.row_checks import CHECKS, Check, Look
 from luthier.errors import shorten
+
+if TYPE_CHECKING:
+    from luthier.data.duplicates import Copies
 
 # Rows that slow checks and the model's template are tried on, taken evenly.
 _SLOW_ROWS, _RENDERED_ROWS = 10_000, 2_000
@@ -127,18 +130,15 @@ def lint(
     from luthier.data.duplicates import find_copies
 
     copies = find_copies(examples, near=near)
-    own = np.arange(len(examples))
-    exact, close = copies.exact_first != own, (copies.near_first != own) & (copies.exact_first == own)
     findings = [*_refused(rejects, len(examples), allowed_rejects), *_each_row(examples)]
     if not deduplicated:
-        findings += _copies(examples, exact, copies.exact_first, "duplicates")
-        findings += _copies(examples, close, copies.near_first, "near_duplicates")
-    findings += _contradictions(examples)
+        findings += copy_findings(examples, copies)
+    findings += contradiction_findings(examples)
     if encoder is not None:
         findings += _with_tokenizer(examples, encoder, max_length)
-    for name, rows in (held_out or {}).items():
-        findings += leaks(examples, rows, name, near)
-    return Lint(len(examples), int((~exact).sum()), ranked(findings))
+    findings += leaks(examples, held_out or {}, near)
+    different = int((copies.exact_first == np.arange(len(examples))).sum())
+    return Lint(len(examples), different, ranked(findings))
 
 
 def _refused(rejects: Sequence[Reject], kept: int, allowed: float) -> Iterator[Finding]:
@@ -219,22 +219,28 @@ def _system(example: TrainingExample, systems: Hits) -> None:
         systems.add(example, shorten(first.get("content")))
 
 
-def _copies(examples: Sequence[TrainingExample], which: np.ndarray, first: np.ndarray, code: str) -> Iterator[Finding]:
-    rows = np.flatnonzero(which).tolist()
-    hits = Hits(looked=len(examples))
-    for row in rows[:PLACES]:
-        hits.add(examples[row], f"as {_place(examples, int(first[row]))}: {shorten(_text(examples[row]))}")
-    hits.count = len(rows)
-    if rows and code == "duplicates":
-        yield hits.finding(code, "warning", "a row repeats an earlier one word for word", "set data.deduplicate: exact")
-    elif rows:
-        yield hits.finding(
-            code, "info", "a row is nearly the same as an earlier one",
-            "look at them; data.deduplicate: near takes them out",
-        )  # fmt: skip
+def copy_findings(examples: Sequence[TrainingExample], copies: Copies) -> Iterator[Finding]:
+    """Rows that repeat an earlier one, and further ones that nearly do."""
+    own = np.arange(len(examples))
+    near = (copies.near_first != own) & (copies.exact_first == own)
+    kinds: tuple[tuple[str, Severity, np.ndarray, np.ndarray, str, str], ...] = (
+        ("duplicates", "warning", copies.exact_first != own, copies.exact_first,
+         "a row repeats an earlier one word for word", "set data.deduplicate: exact, unless the weight is meant"),
+        ("near_duplicates", "info", near, copies.near_first,
+         "a row is nearly the same as an earlier one", "look at them; data.deduplicate: near takes them out"),
+    )  # fmt: skip
+    for code, severity, which, first, message, remedy in kinds:
+        rows = np.flatnonzero(which).tolist()
+        hits = Hits(looked=len(examples))
+        for row in rows[:PLACES]:
+            hits.add(examples[row], f"as {_place(examples, int(first[row]))}: {shorten(_text(examples[row]))}")
+        hits.count = len(rows)
+        if rows:
+            yield hits.finding(code, severity, message, remedy)
 
 
-def _contradictions(examples: Sequence[TrainingExample]) -> Iterator[Finding]:
+def contradiction_findings(examples: Sequence[TrainingExample]) -> Iterator[Finding]:
+    """Rows that ask what an earlier one asks and answer differently."""
     from luthier.data.duplicates import contradictions
 
     hits = Hits(looked=len(examples))
@@ -361,28 +367,36 @@ def _special_text(examples: Sequence[TrainingExample], encoder: Encoder) -> Iter
 
 
 def leaks(
-    train: Sequence[TrainingExample], rows: Sequence[TrainingExample], name: str, near: float | None = 0.8
+    train: Sequence[TrainingExample], held_out: Mapping[str, Sequence[TrainingExample]], near: float | None = 0.8
 ) -> Iterator[Finding]:
-    """Rows of a held-out part that are among the training rows, or nearly."""
+    """Rows of held-out parts that are among the training rows, or nearly; the training rows are read once for all."""
     from luthier.data.leakage import overlap
 
-    found = overlap(rows, train, threshold=near)
-    kinds: tuple[tuple[str, np.ndarray, str], ...] = (
-        ("overlap", found.exact, "is in the training rows, word for word"),
-        ("overlap_prompt", found.prompt, "asks what a training row asks, with another answer"),
-        ("overlap_near", found.near, "is nearly the same as a training row"),
-    )
-    for code, other, message in kinds:
-        hits = Hits(looked=len(rows))
-        which = np.flatnonzero(other >= 0).tolist()
-        for row in which[:PLACES]:
-            hits.add(rows[row], f"as {_place(train, int(other[row]))}: {shorten(_text(rows[row]))}")
-        hits.count = len(which)
-        if which:
-            error = code == "overlap" and len(which) > 0.01 * len(rows)
-            yield hits.finding(
-                code,
-                "error" if error else "warning",
-                f"{name}: a row {message}, so its score would measure memory",
-                f"take them out of the {name} file, or out of the training file",
-            )
+    parts = {name: rows for name, rows in held_out.items() if len(rows)}
+    if not parts or not len(train):
+        return
+    every = [example for rows in parts.values() for example in rows]
+    found = overlap(every, train, threshold=near)
+    kinds = (
+        ("overlap", found.exact, "is in the training rows, word for word, so its score would measure memory",
+         "take them out of the {} file, or of the training file"),
+        ("overlap_prompt", found.prompt, "asks what a training row asks, and is answered differently there",
+         "take them out of the {} file, or split with data.split.group_by: prompt"),
+        ("overlap_near", found.near, "is nearly the same as a training row",
+         "look at them: if they say the same, split with data.split.group_by: near_duplicates"),
+    )  # fmt: skip
+    begin = 0
+    for name, rows in parts.items():
+        for code, others, message, remedy in kinds:
+            other = others[begin : begin + len(rows)]
+            which = np.flatnonzero(other >= 0).tolist()
+            hits = Hits(looked=len(rows))
+            for row in which[:PLACES]:
+                hits.add(rows[row], f"as {_place(train, int(other[row]))}: {shorten(_text(rows[row]))}")
+            hits.count = len(which)
+            if which:
+                error = code == "overlap" and len(which) > 0.01 * len(rows)
+                yield hits.finding(
+                    code, "error" if error else "warning", f"{name}: a row {message}", remedy.format(name)
+                )
+        begin += len(rows)

@@ -1,8 +1,9 @@
-"""Rows to files: JSON, JSONL, CSV, TSV and Parquet, whole or not at all."""
+"""Rows to files: JSON, JSONL, CSV, TSV (also packed), Parquet and Excel, whole or not at all."""
 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import shutil
@@ -10,29 +11,32 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from luthier.data.readers.files import PACKED, Kind, kind_of
 from luthier.errors import UserError, shorten
 
 Record = dict[str, Any]
-TABLES = (".csv", ".tsv")
+TABLES = (".csv", ".tsv", ".xlsx")
+"""Kinds of file whose cells are texts and numbers."""
 # The reader takes these as JSON text too, which holds turns and tools that are not all of one shape.
 _PARSED = ("messages", "conversations", "tools")
 _CHUNK = 1_000
+_LONGEST_CELL = 32_767
 
 
-def writable_kind(path: Path, *, force: bool = False) -> str:
-    """The kind of file that a path's suffix names.
+def writable_kind(path: Path, *, force: bool = False) -> Kind:
+    """The kind of file that a path's name says.
 
     Raises:
         UserError: it names none that can be written, or the file is there and ``force`` is not given.
     """
-    kind = path.suffix.lower()
-    if kind not in _WRITERS:
+    kind = kind_of(path)
+    if kind is None or kind.format not in _WRITERS:
         raise UserError(
             f"{path.name!r} names no kind of file that can be written",
             where=str(path),
-            remedy=f"end it in {', '.join(_WRITERS)}",
+            remedy=f"end it in {', '.join(_WRITERS)}; {' and '.join(PACKED)} may follow a text's",
         )
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder", where=str(path), remedy="name a file in it")
@@ -58,9 +62,9 @@ def write_records(
         UserError: the file exists, cannot be written, or cannot hold the values.
     """
     kind = writable_kind(path, force=force)
-    with _aside(path) as temporary:
+    with aside(path) as temporary:
         try:
-            _WRITERS[kind](temporary, records)
+            _WRITERS[kind.format](temporary, records)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"a text has half a character, {error.object[error.start : error.end]!r}", remedy="mend the text"
@@ -72,7 +76,7 @@ def write_records(
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def aside(path: Path) -> Iterator[Path]:
     """A path of the same name in a folder beside, which goes with all that is in it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +103,28 @@ def as_json(value: Any) -> str:
         raise UserError(f"{shorten(value)} is no JSON value: {error}", remedy="leave it out of the rows") from None
 
 
+def _open(path: Path) -> TextIO:
+    """A text file to write to, packed as its name says."""
+    kind = kind_of(path)
+    packing = kind.packing if kind is not None else ""
+    if packing == ".gz":
+        import gzip
+
+        return io.TextIOWrapper(gzip.GzipFile(path, "wb", mtime=0), encoding="utf-8", newline="")
+    if packing == ".zst":
+        import pyarrow
+
+        return io.TextIOWrapper(pyarrow.output_stream(str(path), compression="zstd"), encoding="utf-8", newline="")
+    return path.open("w", encoding="utf-8", newline="")
+
+
 def _jsonl(path: Path, records: Iterable[Record]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as stream:
+    with _open(path) as stream:
         stream.writelines(as_json(record) + "\n" for record in records)
 
 
 def _json(path: Path, records: Iterable[Record]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as stream:
+    with _open(path) as stream:
         stream.write("[")
         for number, record in enumerate(records):
             stream.write(",\n" if number else "\n")
@@ -119,8 +138,10 @@ def _columns(records: Iterable[Record]) -> list[str]:
 
 def _table(path: Path, records: Iterable[Record]) -> None:
     columns = _columns(records)
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", lineterminator="\n")
+    kind = kind_of(path)
+    separator = "\t" if kind is not None and kind.format == ".tsv" else ","
+    with _open(path) as stream:
+        writer = csv.writer(stream, delimiter=separator, lineterminator="\n")
         try:
             writer.writerow(columns)
             writer.writerows([_cell(record.get(column)) for column in columns] for record in records)
@@ -130,6 +151,38 @@ def _table(path: Path, records: Iterable[Record]) -> None:
 
 def _cell(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else as_json(value)
+
+
+def _excel(path: Path, records: Iterable[Record]) -> None:
+    import openpyxl
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.utils.exceptions import IllegalCharacterError
+
+    columns = _columns(records)
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("rows")
+    try:
+        for values in itertools.chain([columns], ([_cell(r.get(c)) for c in columns] for r in records)):
+            cells = []
+            for value in values:
+                if len(value) > _LONGEST_CELL:
+                    raise UserError(
+                        f"a text of {len(value):,} characters is longer than an Excel cell, which holds "
+                        f"{_LONGEST_CELL:,}",
+                        where=str(path),
+                        remedy="write .jsonl",
+                    )
+                cell = WriteOnlyCell(sheet, value)
+                # A text that begins with = is no formula.
+                cell.data_type = "s"
+                cells.append(cell)
+            sheet.append(cells)
+    except IllegalCharacterError:
+        raise UserError(
+            "an Excel cell cannot hold a text with control characters", where=str(path), remedy="write .jsonl"
+        ) from None
+    finally:
+        book.save(path)
 
 
 def _parquet(path: Path, records: Iterable[Record]) -> None:
@@ -176,4 +229,5 @@ _WRITERS: dict[str, Callable[[Path, Iterable[Record]], None]] = {
     ".csv": _table,
     ".tsv": _table,
     ".parquet": _parquet,
+    ".xlsx": _excel,
 }

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.data.dataset import Dataset, Part
-from luthier.data.duplicates import contradictions, find_copies
+from luthier.data.duplicates import find_copies
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import Source, TrainingExample
 from luthier.data.findings import Finding, places
 from luthier.data.labels import Classes, label_findings
-from luthier.data.leakage import overlap
+from luthier.data.lint import contradiction_findings, copy_findings, leaks
 from luthier.data.render import NOTES, Rendered, Renderer, special_tokens
 from luthier.recipe import Recipe
 
@@ -278,74 +278,14 @@ def _cut(dataset: Dataset) -> Iterator[Finding]:
 
 
 def _repetition(train: Part) -> Iterator[Finding]:
-    examples = train.examples
-    first = find_copies(examples).exact_first
-    copies = np.flatnonzero(first != np.arange(len(first)))
-    if len(copies):
-        yield Finding(
-            "duplicates",
-            "warning",
-            f"{len(copies):,} training rows repeat an earlier one word for word",
-            "set data.deduplicate=exact unless the weight is meant",
-            len(copies),
-            places(examples[int(i)].source for i in copies),
-        )
-    against = sorted(int(i) for group in contradictions(examples) for i in group[1:])
-    if against:
-        yield Finding(
-            "contradictions",
-            "warning",
-            f"{len(against):,} training rows ask what an earlier row asks and answer differently",
-            "keep one answer, or say in the prompt what makes the difference",
-            len(against),
-            places(examples[int(i)].source for i in against),
-        )
+    yield from copy_findings(train.examples, find_copies(train.examples))
+    yield from contradiction_findings(train.examples)
 
 
 def _overlap(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
-    """Rows that are held out and trained on; all of them at once, so that the training rows are read once."""
-    parts = [part for part in (dataset.validation, dataset.test) if part.examples]
-    if not parts or not dataset.train.examples:
-        return
-    held_out = [example for part in parts for example in part.examples]
-    found = overlap(held_out, dataset.train.examples, threshold=recipe.data.near_threshold)
-    kinds = (
-        (
-            "overlap",
-            found.exact,
-            "are in the training rows too: their score would measure memory",
-            "remove them from the {} file",
-        ),
-        (
-            "overlap_prompt",
-            found.prompt,
-            "ask what a training row asks, and answer it differently",
-            "remove them from the {} file, or split with data.split.group_by=prompt",
-        ),
-        (
-            "overlap_near",
-            found.near,
-            "are nearly the same as a training row",
-            "look at them: if they say the same, split with data.split.group_by=near_duplicates",
-        ),
-    )
-    begin = 0
-    for part in parts:
-        end = begin + len(part.examples)
-        for code, others, what, remedy in kinds:
-            same = np.flatnonzero(others[begin:end] >= 0)
-            if not len(same):
-                continue
-            share = len(same) / len(part.examples)
-            yield Finding(
-                code,
-                "error" if code == "overlap" and share > 0.01 else "warning",
-                f"{len(same):,} of {len(part.examples):,} {part.name} rows ({share:.1%}) {what}",
-                remedy.format(part.name),
-                len(same),
-                places(part.examples[int(i)].source for i in same),
-            )
-        begin = end
+    """Rows that are held out and trained on."""
+    held_out = {part.name: part.examples for part in (dataset.validation, dataset.test)}
+    yield from leaks(dataset.train.examples, held_out, recipe.data.near_threshold)
 
 
 def _labels(train: Part) -> Iterator[Finding]:
