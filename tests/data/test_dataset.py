@@ -67,7 +67,7 @@ def test_every_step_at_once(tokenizer, tmp_path):
     assert reasons["empty_prompt"] == 1 and reasons["special_token_in_text"] in (
         1,
         2,
-    )  # the row, and its variant where it has one
+    )
     assert not any("13812345678" in e.input for part in dataset.parts for e in part.examples)
     sources = Counter((e.source.file.rsplit("/", 1)[-1]) for e in train.examples if "augmented_by" not in e.metadata)
     assert sources == {"large.jsonl": 3 * sources["small.jsonl"] - 1, "small.jsonl": 39} and train.set_aside > 0
