@@ -43,6 +43,44 @@ def reference() -> str:
     return "\n".join(lines)
 
 
+def steps() -> str:
+    """The page of cleaners and augmenters as Markdown."""
+    from luthier.data.augmentation import augmenters
+    from luthier.data.cleaning import cleaners
+
+    lines = [
+        "# Cleaners and augmenters",
+        "",
+        "Written by `docs/make_reference.py` from the code. What they are for and how they join: [data.md](data.md).",
+        "",
+        "## data.clean",
+        "",
+        "Each also takes `on`: all (the default), prompt or answer.",
+        "",
+        "| cleaner | option | default | what |",
+        "|---|---|---|---|",
+    ]
+    for cleaner in cleaners():
+        lines.append(f"| `{cleaner.name}` | | | {_cell(cleaner.doc)} |")
+        for option in cleaner.options:
+            default = "needed" if option.required else f"`{_shown(option.default)}`"
+            lines.append(f"| | `{option.name}` | {default} | {_cell(option.doc)} |")
+    lines += ["", "## data.augment", "", "| augmenter | option | default | what |", "|---|---|---|---|"]
+    for augmenter in augmenters():
+        lines.append(f"| `{augmenter.name}` | | | {_cell(augmenter.summary)} |")
+        for name, default, what in augmenter.options:
+            lines.append(f"| | `{name}` | {f'`{default}`' if default else 'needed'} | {_cell(what)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _default(field: Any) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, recipe.Section):
@@ -67,3 +105,4 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 if __name__ == "__main__":
     Path(__file__).with_name("recipe.md").write_text(reference(), encoding="utf-8")
+    Path(__file__).with_name("steps.md").write_text(steps(), encoding="utf-8")

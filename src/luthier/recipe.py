@@ -389,6 +389,10 @@ class Recipe(Section):
         for source in (*data.train, *data.validation, *data.test, *data.benchmarks):
             if not source.path.startswith("hub:"):
                 source.path = _anchored(source.path, folder)
+        for step in (*data.clean, *data.augment):
+            file, colon, function = step.name.rpartition(":")
+            if file.endswith(".py"):
+                step.name = f"{_anchored(file, folder)}{colon}{function}"
         if recipe.model.chat_template:
             recipe.model.chat_template = _anchored(recipe.model.chat_template, folder)
         if (folder / recipe.model.name).is_dir() and not Path(recipe.model.name).is_absolute():

@@ -153,7 +153,9 @@ def test_no_slip_turns_a_meaning_round():
         for kept in ("不买三", "没", "两", "卖", "不断", "不错", "never", "three"):
             assert kept in changed
         assert changed.count("three") == 1
-    assert "上海" in "".join(noise_injection("上海", random.Random(i), kinds=["swap"]) for i in range(5))
+    # 蜂蜜 is honey, 蜜蜂 a bee
+    assert noise_injection("蜜蜂", random.Random(0), 1.0, kinds=["swap"]) == "蜜蜂"
+    assert noise_injection("味道", random.Random(0), 1.0, kinds=["swap"]) == "道味"
 
 
 def test_share_of_words():

@@ -154,7 +154,7 @@ def _texts_for(clean):
 
 
 @pytest.mark.parametrize("clean", list(_OPTIONS), ids=lambda f: f.__name__)
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_cleaning_twice_is_cleaning_once(clean, data):
     text = data.draw(_texts_for(clean))

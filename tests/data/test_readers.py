@@ -195,7 +195,7 @@ def test_excel_sheets_dates_errors_and_blank_rows(tmp_path):
         list(open_reader(tmp_path / "rows.xlsx", "third").rows())
 
 
-def test_excel_rows_beyond_the_dimensions_that_the_file_claims(tmp_path):
+def test_excel_files_that_other_programs_wrote(tmp_path):
     book = openpyxl.Workbook()
     for row in (["a", "b"], [1, 2], [3, 4]):
         book.active.append(row)
@@ -204,8 +204,9 @@ def test_excel_rows_beyond_the_dimensions_that_the_file_claims(tmp_path):
         for name in right.namelist():
             content = right.read(name)
             assert b'ref="A1:B3"' in content or "sheet1" not in name
-            wrong.writestr(name, content.replace(b'ref="A1:B3"', b'ref="A1:A1"'))
-    assert values(tmp_path / "wrong.xlsx") == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
+            wrong.writestr(name, content.replace(b'ref="A1:B3"', b'ref="A1:A1"').replace(b"<v>4</v>", b"<v>4.0</v>"))
+    # By repr: a whole number is an int, however the program that saved it wrote it.
+    assert repr(values(tmp_path / "wrong.xlsx")) == "[{'a': 1, 'b': 2}, {'a': 3, 'b': 4}]"
 
 
 def test_values_that_json_has_no_form_for(tmp_path):
@@ -368,6 +369,20 @@ def test_an_encoding_that_breaks_late_names_the_byte_and_the_line(tmp_path, enco
         assert (
             caught.value.where == f"{path}:{good.count(10) + 1}" and f"byte {len(good):,} is 0xff" in caught.value.what
         )
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_a_broken_character_between_two_pieces_is_told_by_its_own_place(tmp_path, cut):
+    before = b"\n" * 10 + b"a" * (2**20 - 10 - cut)
+    path = tmp_path / "rows.csv"
+    path.write_bytes(before + "茶".encode()[:2] + b"\xff\xff")
+    with pytest.raises(UserError, match=f"byte {len(before):,} is 0xe8") as caught:
+        find_encoding(path)
+    assert caught.value.where == f"{path}:11"
+    path.write_bytes(before + "茶".encode() + b"\xff\n\n\n")
+    with pytest.raises(UserError, match=f"byte {len(before) + 3:,} is 0xff") as caught:
+        find_encoding(path)
+    assert caught.value.where == f"{path}:11"
 
 
 def test_one_late_chinese_line_decides_for_all(tmp_path):

@@ -146,6 +146,17 @@ def test_a_file_of_unknown_columns_is_told_of_before_any_row(tmp_path):
         next(iter(read_examples(str(tmp_path))))
 
 
+@pytest.mark.parametrize(("before", "after"), [([PLAIN], "茶".encode()[:2]), ([1], json.dumps(PLAIN).encode())])
+def test_a_file_that_changes_while_it_is_read(tmp_path, before, after):
+    path = write(tmp_path / "rows.jsonl", *before)
+    reading = read_examples(str(path))
+    assert len(reading.formats) == 1
+    with path.open("ab") as stream:
+        stream.write(after)
+    with pytest.raises(UserError, match="has changed while it was read"):
+        list(reading)
+
+
 def test_the_sources_columns_win(tmp_path):
     file = write(tmp_path / "rows.jsonl", {"a": "x", "b": "y"})
     source = Source(path=str(file), columns=Columns(prompt="a", response="b"))

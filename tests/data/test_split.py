@@ -153,7 +153,7 @@ def test_the_whole_keeps_its_shares_where_many_classes_are_small():
     # Five rows a class at 10% is half a row: rounded alike, all classes would be absent, or twice too many.
     assert [len(p) for p in found.parts] == pytest.approx([1200, 150, 150], abs=3)
     assert min(Counter(examples[i].label for i in found.train).values()) >= 3
-    assert any("too few rows for every part" in note for note in found.notes)
+    assert any("classes of too few rows for every part: 300" in note for note in found.notes)
 
 
 def test_a_class_of_one_row_is_trained_on():
@@ -162,7 +162,7 @@ def test_a_class_of_one_row_is_trained_on():
         found = split_indices(examples, strategy="stratified", seed=seed)
         assert 5 in found.train
         assert [len(p) for p in found.parts] == [80, 10, 10]
-        assert found.notes == ["1 classes have too few rows for every part: 'rare' (1)"]
+        assert found.notes == ["classes of too few rows for every part: 1, 'rare' (1)"]
 
 
 def test_stratified_with_groups_keeps_both():
@@ -229,7 +229,7 @@ def test_by_time_nothing_trained_on_is_newer_than_what_is_held_out():
     assert newest[0] < oldest[1] and newest[1] < oldest[2]
     assert [len(p) for p in found.parts] == pytest.approx([320, 40, 40], abs=12)
     assert {7, 8} <= set(found.test.tolist())
-    assert found.notes[0].startswith("1 groups hold rows of several times")
+    assert found.notes[0].startswith("groups with rows of several times: 1;")
 
 
 def test_a_time_that_cannot_be_read_is_named_with_its_place():

@@ -184,6 +184,14 @@ def test_the_text_is_what_apply_chat_template_writes(families, name):
             )
 
 
+@pytest.mark.parametrize("name", ["hermes", "qwen3", "llama3", "glm4", "glm45"])
+def test_tools_and_results_are_what_apply_chat_template_writes(families, shared_data, name):
+    tokenizer = families[name]
+    for example in load_file(shared_data / "glaive_toolcall_en_demo.json").examples[:20]:
+        wanted = tokenizer.apply_chat_template(example.messages, tools=example.tools, tokenize=False)
+        assert template_text(tokenizer, example.messages, example.tools, add_generation_prompt=False) == wanted
+
+
 def called(name, message, number):
     """What a family's model must produce to call tools."""
 

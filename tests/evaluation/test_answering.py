@@ -28,10 +28,10 @@ def test_a_model_that_is_not_there_is_told_before_any_row(tmp_path):
 def test_the_small_model_paraphrases(base_model, tokenizer):
     from luthier.recipe import Step
 
-    answer = answerer_of(base_model, tokenizer, max_new_tokens=64)
-    rows = [TrainingExample("Explain why the sky looks blue during the day.", "Scattering.")] * 4
+    answer = answerer_of(base_model, tokenizer, max_new_tokens=32)
+    rows = [TrainingExample("Explain why the sky looks blue during the day.", "Scattering.")]
     augmentation = Augmentation([Step(name="paraphrase", options={})], 1, answerer=answer)
     variants = list(augmentation.apply(rows))
     report = augmentation.report().steps[0]
-    assert report.made + sum(report.refused.values()) + report.failed >= 4
+    assert report.made + sum(report.refused.values()) + report.failed >= 1
     assert all(v.input != rows[0].input and v.output == "Scattering." for v in variants)

@@ -124,6 +124,24 @@ def test_a_doubled_and_a_missing_bos_are_found(fresh_tokenizer):
     assert codes(check_data(recipe(), dataset))["bos_doubled"] == "error"
 
 
+def test_marked_turns_and_reasoning_are_sound_and_the_template_is_described(fresh_tokenizer):
+    def turns(i, **more):
+        first, second = ({"role": "assistant", "content": f"It is {i + n}."} for n in range(2))
+        return [
+            {"role": "user", "content": f"What is {i}?"},
+            first | {"train": False},
+            {"role": "user", "content": "And one more?"},
+            second | more,
+        ]
+
+    given = {"train": [TrainingExample(messages=turns(i, reasoning_content="I add.")) for i in range(20)]}
+    given["validation"] = [TrainingExample(messages=turns(1000))]
+    for train_on in ("answers", "last_answer", "all"):
+        settings = recipe(train_on=train_on)
+        found = codes(check_data(settings, prepare(settings, fresh_tokenizer, given=given)))
+        assert found == ({} if train_on == "all" else {"reasoning_in_content": "info"})
+
+
 def test_training_on_other_tokens_than_serving_is_found(fresh_tokenizer):
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
     # What is exported later has another template than the rows were rendered with.

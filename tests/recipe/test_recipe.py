@@ -95,10 +95,13 @@ def test_every_key_has_a_description():
     assert {"training.learning_rate", "method.r", "data.columns.prompt"} <= set(known_keys())
 
 
-def test_the_reference_page_is_the_code():
+def test_the_reference_pages_are_the_code():
     spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == module.reference(), (
+        "run python docs/make_reference.py"
+    )
+    assert (ROOT / "docs" / "steps.md").read_text(encoding="utf-8") == module.steps(), (
         "run python docs/make_reference.py"
     )

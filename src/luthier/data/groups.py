@@ -47,7 +47,7 @@ def groups_of(
         else:
             missing = sum(v is None for v in values)
             if missing:
-                notes.append(f"{missing:,} rows have no {group_by!r}; each is a group of its own")
+                notes.append(f"rows without {group_by!r}: {missing:,}; each is a group of its own")
             seen: dict[str, int] = {}
             other = np.array([i if v is None else seen.setdefault(repr(v), i) for i, v in enumerate(values)])
     return components(len(same), np.stack([np.arange(len(same)), other], axis=1), same)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from luthier.data.columns import Format, settle, to_example
 from luthier.data.examples import Reject, TaskType, TrainingExample
-from luthier.data.readers import FORMATS, Reader, kind_of, open_reader
+from luthier.data.readers import FORMATS, Reader, Row, kind_of, open_reader
 from luthier.errors import UserError
 from luthier.recipe import Columns, Source
 
@@ -96,12 +96,13 @@ class Reading:
         for reader, found in zip(self._readers, formats, strict=True):
             count = FileCount(str(reader.path), found.name if found else "unreadable", reader.encoding)
             self.files.append(count)
-            for row in reader.rows():
+            for row in _rows(reader):
                 made: TrainingExample | Reject
                 if isinstance(row, Reject):
                     made = row
                 else:
-                    assert found is not None, "the file has changed while it was read"
+                    if found is None:
+                        raise _changed(reader)
                     made = to_example(row, found.columns, self._task_type)
                 count.rows_in += 1
                 if isinstance(made, Reject):
@@ -131,6 +132,21 @@ def read_examples(
 def read_file(reader: Reader, columns: Columns | None = None, task_type: TaskType = TaskType.CAUSAL_LM) -> Reading:
     """As :func:`read_examples`, of one file that has been opened."""
     return Reading([reader], columns, task_type)
+
+
+def _rows(reader: Reader) -> Iterator[Row | Reject]:
+    try:
+        yield from reader.rows()
+    except UnicodeDecodeError:  # All of it has been decoded before.
+        raise _changed(reader) from None
+
+
+def _changed(reader: Reader) -> UserError:
+    return UserError(
+        f"{str(reader.path)!r} has changed while it was read",
+        where=str(reader.path),
+        remedy="start again when whatever writes it is done",
+    )
 
 
 def _settled(reader: Reader, columns: Columns | None) -> Format | None:

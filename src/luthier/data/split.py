@@ -180,7 +180,7 @@ def _classes(examples: Sequence[TrainingExample], column: str | None, notes: lis
             )
     missing = sum(v is None for v in values)
     if missing:
-        notes.append(f"{missing:,} rows have no class; they are dealt as a class of their own")
+        notes.append(f"rows without a class: {missing:,}; they are dealt as a class of their own")
     return [None if v is None else v if isinstance(v, str) else repr(v) for v in values]
 
 
@@ -219,7 +219,7 @@ def _dealt(
             owed[0] -= room[p]
     if scarce and len(by_class) > 1:
         shown = ", ".join(scarce[:5]) + (" …" if len(scarce) > 5 else "")
-        notes.append(f"{len(scarce):,} classes have too few rows for every part: {shown}")
+        notes.append(f"classes of too few rows for every part: {len(scarce):,}, {shown}")
     return _with_something(parts, order, classes, (validation, test))
 
 
@@ -301,7 +301,7 @@ def _by_time(
         parts[0 if rank < cuts[0] else 1 if rank < cuts[1] else 2].extend(members[number])
     straddling = sum(1 for group in members if len({times[i] for i in group}) > 1)
     if straddling:
-        notes.append(f"{straddling:,} groups hold rows of several times; each goes by its newest")
+        notes.append(f"groups with rows of several times: {straddling:,}; each goes by its newest")
     return parts
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from luthier.data.augmentation.lexicons.chinese import is_chinese_word
 from luthier.data.augmentation.text import Field, Language, Piece, replace_pieces, words_of
 from luthier.errors import UserError
 
@@ -178,10 +179,8 @@ def _chinese_slip(field: Field, run: Piece, at: int, kinds: Sequence[str], rng: 
 
 
 def _swap_is_a_slip(first: str, second: str) -> bool:
-    """False where the two say something else the other way round (上海, 海上), or stay as they are."""
-    from pypinyin.constants import PHRASES_DICT
-
-    return first != second and second + first not in PHRASES_DICT
+    """False where the two say something else the other way round (蜜蜂, 蜂蜜), or stay as they are."""
+    return first != second and not is_chinese_word(second + first)
 
 
 def _fuzzy(sound: str) -> list[str]:

@@ -69,8 +69,8 @@ class Masker:
 
     def __call__(self, text: str) -> str:
         """The text with placeholders."""
-        # Taking one out may leave another standing alone.
-        while found := find_personal_data(text, kinds=self.kinds):
+        found = find_personal_data(text, kinds=self.kinds)
+        while found:
             parts: list[str] = []
             at = 0
             for item in found:
@@ -78,6 +78,8 @@ class Masker:
                 at = item.end
                 self.counts[item.kind] = self.counts.get(item.kind, 0) + 1
             text = "".join((*parts, text[at:]))
+            # Taking one out may leave another standing alone.
+            found = find_personal_data(text, kinds=self.kinds)
         return text
 
     def _placeholder(self, item: PersonalData, text: str) -> str:

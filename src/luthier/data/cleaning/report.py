@@ -76,8 +76,9 @@ class StepReport:
             self.added += after_end - start
         else:
             old, new = Counter(before[start:before_end]), Counter(after[start:after_end])
-            self.removed += (old - new).total()
-            self.added += (new - old).total()
+            stayed = sum(min(count, new.get(character, 0)) for character, count in old.items())
+            self.removed += before_end - start - stayed
+            self.added += after_end - start - stayed
 
     def offer(self, example: TrainingExample, index: int, place: str, before: str, after: str | None) -> None:
         """Keep this change as a sample, by chance: each has the same (reservoir sampling, seeded)."""

@@ -52,7 +52,7 @@ def texts_of(example: TrainingExample) -> list[Text]:
     for index, message in enumerate(example.messages or ()):
         content = message.get("content")
         if isinstance(content, str):
-            side: Side = "answer" if message["role"] == "assistant" else "prompt"
+            side: Side = "answer" if message.get("role") == "assistant" else "prompt"
             texts.append(Text(f"messages[{index}].content", side, content))
     texts += [Text(f"references[{index}]", "answer", text) for index, text in enumerate(example.references)]
     return texts

@@ -37,6 +37,14 @@ def chinese_words(field: Field) -> tuple[list[tuple[Piece, tuple[str, ...]]], in
     return found, words
 
 
+def is_chinese_word(word: str) -> bool:
+    """Whether jieba's dictionary has a word."""
+    _jieba()
+    import jieba
+
+    return bool(jieba.dt.FREQ.get(word))  # beginnings of words stand there with 0
+
+
 @cache
 def _jieba() -> Any:
     """jieba's tagging segmenter, without its messages."""
