@@ -221,3 +221,28 @@ def test_real_files_go_through_every_format_that_holds_them(shared_data, tmp_pat
             rows = load_file(tmp_path / f"{number}{kind}").examples
     first = load_file(shared_data / "glaive_toolcall_en_demo.json").examples
     assert [difference(a, b) for a, b in zip(first, rows, strict=True)] == [None] * 300
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("to", ["openai", "sharegpt"])
+def test_a_conversation_with_everything_fits_every_kind_of_file(to, kind, tmp_path):
+    first = {
+        "type": "function",
+        "function": {"name": "look", "arguments": {"city": "北京", "n": [1, None]}},
+        "id": "c1",
+    }
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u\r\n"},
+        {"role": "assistant", "content": "", "tool_calls": [first]},
+        {"role": "tool", "content": "", "tool_call_id": "c1", "name": "look"},
+        {"role": "assistant", "content": "said", "tool_calls": [{**first, "id": "c2"}, first]},
+        {"role": "tool", "content": '{"t": 1}'},
+        {"role": "assistant", "content": "b", "train": False},
+        {"role": "user", "content": "v"},
+        {"role": "assistant", "content": " a ", "reasoning_content": "r"},
+    ]
+    rows = [TrainingExample(messages=turns, tools=[TOOL], label="x"), TrainingExample("q", "a", label="y")]
+    convert(rows, tmp_path / f"x{kind}", to)
+    read = load_file(tmp_path / f"x{kind}").examples
+    assert read[0].messages == turns and read[0].tools == [TOOL] and [r.label for r in read] == ["x", "y"]
