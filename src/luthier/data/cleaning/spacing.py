@@ -15,6 +15,8 @@ _AROUND_LINE_END = re.compile(r" ?\n ?")
 _LINE_TAIL = re.compile(r"[^\S\n]+$", re.MULTILINE)
 # Within a line: two blanks or a blank that is no space, after something that is no blank.
 _INNER_RUN = re.compile(r"(?<=\S)(?:[^\S\n]{2,}|[^\S\n ])(?=\S)")
+_SPACES = re.compile("  +")
+_SPACES_AT_END = re.compile(" +\n")
 _LINE_HEAD = re.compile(r"^[^\S\n]+", re.MULTILINE)
 _ODD_HEAD = re.compile(r"^[ \t]*[^\S\n \t]", re.MULTILINE)
 # White space that is neither a space nor a line feed.
@@ -32,8 +34,10 @@ def normalize_whitespace(text: str, *, keep_indentation: bool = True, keep_code:
     """
     if _is_tidy(text):
         return text
-    text = _LINE_ENDS.sub("\n", text)
-    tidy = _tidy_within_lines if keep_indentation else _tidy_whole
+    plain = _has_plain_blanks(text)
+    if not plain:
+        text = _LINE_ENDS.sub("\n", text)
+    tidy = _tidy_whole if not keep_indentation else _tidy_plain if plain else _tidy_within_lines
     text = outside_code(text, tidy, spans=False) if keep_code else tidy(text)
     return _strip(text) if keep_indentation else text.strip()
 
@@ -42,8 +46,25 @@ def _is_tidy(text: str) -> bool:
     """True only where nothing would change; a text with indented lines is looked at more closely."""
     if not text or text[0].isspace() or text[-1].isspace() or "  " in text or " \n" in text or "\n " in text:
         return not text
+    return _has_plain_blanks(text)
+
+
+def _has_plain_blanks(text: str) -> bool:
+    """Whether spaces and line feeds are all the white space there is."""
     # A tab is not printable, and in ASCII no other blank is. The quick look holds for nearly every text.
     return (text.isascii() and text.replace("\n", "").isprintable()) or not _ODD_BLANK.search(text)
+
+
+def _tidy_plain(text: str) -> str:
+    """What _tidy_within_lines does, several times as fast, where spaces are the only blanks."""
+    if " \n" in text:
+        text = _SPACES_AT_END.sub("\n", text)
+    return _SPACES.sub(_one_but_indentation, text) if "  " in text else text
+
+
+def _one_but_indentation(match: re.Match[str]) -> str:
+    start = match.start()
+    return match[0] if start == 0 or match.string[start - 1] == "\n" else " "
 
 
 def _tidy_whole(text: str) -> str:
