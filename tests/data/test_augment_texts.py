@@ -158,6 +158,12 @@ def test_no_slip_turns_a_meaning_round():
     assert noise_injection("味道", random.Random(0), 1.0, kinds=["swap"]) == "道味"
 
 
+def test_a_word_of_one_character_is_not_left_out():
+    changed = {noise_injection("我吃商品", random.Random(i), kinds=["delete"]) for i in range(20)}
+    assert changed == {"我吃商", "我吃品"}
+    assert all("差" in noise_injection("商品太差", random.Random(i), 1.0) for i in range(50))
+
+
 def test_share_of_words():
     words = " ".join(["remember"] * 100)
     for ratio, slips in ((0.0, 0), (0.001, 1), (0.1, 10), (0.5, 50)):

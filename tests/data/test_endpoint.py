@@ -61,6 +61,12 @@ def test_busy_and_broken_answers_are_tried_again(tmp_path):
     assert (len(server.bodies), model.usage.retries) == (6, 5)
 
 
+def test_an_endpoint_that_answers_now_and_then_goes_on(tmp_path):
+    with chat_server(lambda body, number: (200, "ok") if int(said(body)) % 8 == 0 else (500, b"")) as server:
+        answers = endpoint(server, tmp_path, retries=0, concurrency=1)(asks(*map(str, range(40))), range(40))
+    assert [i for i, a in enumerate(answers) if a == "ok"] == [0, 8, 16, 24, 32]
+
+
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_waited_for(tmp_path, form):
     def reply(body, number):

@@ -50,6 +50,17 @@ def test_new_examples_until_there_are_enough(tmp_path):
     assert len(example.metadata["augmented_from"]) == 6
 
 
+def test_no_more_is_asked_for_than_is_missing():
+    asked = []
+
+    def answer(conversations, seeds):
+        asked.append(len(conversations))
+        return [lines(*fresh(seed)[: 2 if len(asked) == 1 else 4]) for seed in seeds]
+
+    assert len(self_instruct(SEEDS, answer, 10).examples) == 10
+    assert asked == [3, 1]  # three for ten, of which six came; one for the four that are missing
+
+
 def answers(*texts):
     return lambda conversations, seeds: [texts[i % len(texts)] for i in range(len(conversations))]
 

@@ -42,7 +42,7 @@ _NEGATING_HAN = frozenset("不没无未非别勿莫否毋甭免弗")
 _FIXED_HAN = (
     _NEGATING_HAN
     | frozenset("零〇一二三四五六七八九十百千万亿两几半双俩仨第每单壹贰叁肆伍陆柒捌玖拾佰仟")
-    | frozenset("买卖多少大小上下左右前后高低长短早晚好坏进出里外男女有增减加减乘除先后反正真假")
+    | frozenset("买卖多少大小上下左右前后高低长短早晚好坏进出里外男女有增减加减乘除先后反正真假快慢贵差香臭冷热")
 )
 # Pinyin that hands and ears mistake for each other.
 _FUZZY = [
@@ -162,7 +162,7 @@ def _chinese_slip(field: Field, run: Piece, at: int, kinds: Sequence[str], rng: 
     for kind in rng.sample(kinds, len(kinds)):
         if kind == "insert":
             return character * 2
-        if kind == "delete" and len(run) > 2:
+        if kind == "delete" and _is_in_a_word(run.text, at - run.start):
             return ""
         if kind == "swap" and at + 1 < run.end:
             other = field.text[at + 1]
@@ -176,6 +176,11 @@ def _chinese_slip(field: Field, run: Piece, at: int, kinds: Sequence[str], rng: 
             if others:
                 return rng.choice(others)
     return None
+
+
+def _is_in_a_word(run: str, index: int) -> bool:
+    """Whether a character is a part of a longer word: left out of it, one still reads the word (but not 差 of 太差)."""
+    return is_chinese_word(run[index : index + 2]) or (index > 0 and is_chinese_word(run[index - 1 : index + 1]))
 
 
 def _swap_is_a_slip(first: str, second: str) -> bool:

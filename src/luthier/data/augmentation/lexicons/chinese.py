@@ -38,11 +38,11 @@ def chinese_words(field: Field) -> tuple[list[tuple[Piece, tuple[str, ...]]], in
 
 
 def is_chinese_word(word: str) -> bool:
-    """Whether jieba's dictionary has a word."""
+    """Whether jieba's dictionary has a word of two characters or more."""
     _jieba()
     import jieba
 
-    return bool(jieba.dt.FREQ.get(word))  # beginnings of words stand there with 0
+    return len(word) > 1 and bool(jieba.dt.FREQ.get(word))  # beginnings of words stand there with 0
 
 
 @cache
