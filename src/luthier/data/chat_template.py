@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.conversations import MARKS, REASONING, reasoning_and_rest
 from luthier.data.examples import Message
+from luthier.data.skeleton import Skeleton, keeps_contents, skeleton
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -84,6 +85,8 @@ class ChatTemplate:
         self._specials = plain_json(dict(tokenizer.special_tokens_map))
         self._variables: dict[str, Any] = {}
         self._compiled: dict[str, Template | None] = {}
+        self._keeps_contents: dict[Template, bool] = {}
+        self._skeletons: dict[tuple[Template, bool, tuple[str, ...]], Skeleton | None] = {}
 
     def text(self, messages: list[Message], tools: Tools | None = None, *, add_generation_prompt: bool) -> str:
         """A conversation as text.
@@ -112,9 +115,11 @@ class ChatTemplate:
                         add_generation_prompt=add_generation_prompt,
                     )
                 )
+            values = {**self._variables, "add_generation_prompt": add_generation_prompt}
+            if not tools and (text := self._filled(template, values, messages)) is not None:
+                return text
             # Template.render, less its merging of globals at each call.
-            values = {**self._variables, "messages": messages, "tools": tools or None}
-            values["add_generation_prompt"] = add_generation_prompt
+            values |= {"messages": messages, "tools": tools or None}
             return "".join(template.root_render_func(template.new_context(values, shared=True)))
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise RenderError("template_refuses", f"the chat template refuses these turns: {error}") from error
@@ -135,6 +140,23 @@ class ChatTemplate:
             except ImportError:
                 self._compiled[source] = None
         return self._compiled[source]
+
+    def _filled(self, template: Template, values: dict[str, Any], messages: list[Message]) -> str | None:
+        """The text by its skeleton, where the template has one for turns of these roles."""
+        roles = tuple([m["role"] for m in messages if len(m) == 2 and type(m.get("content")) is str])
+        if len(roles) != len(messages):
+            return None
+        key = (template, values["add_generation_prompt"], roles)
+        if key not in self._skeletons:
+            if template not in self._keeps_contents:
+                source = self.tokenizer.get_chat_template()
+                self._keeps_contents[template] = keeps_contents(source, template.environment)
+            if len(self._skeletons) >= 1_000:
+                self._skeletons.clear()
+            found = skeleton(template, values, roles) if self._keeps_contents[template] else None
+            self._skeletons[key] = found
+        parts = self._skeletons[key]
+        return None if parts is None else parts.filled([m["content"] for m in messages])
 
     # -- the form this template takes turns in
 
