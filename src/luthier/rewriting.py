@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +180,54 @@ def augment_rows(
     outcome.notes.append(f"{len(rows):,} rows and {len(variants):,} variants, which say so in their metadata")
     outcome.details = augmentation.report().to_dict()
     outcome.shown = render_augmentation(augmentation.report())
+    return outcome
+
+
+def generate_rows(
+    subject: Subject,
+    model: str,
+    count: int,
+    output: Path | None = None,
+    *,
+    base_url: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    force: bool = False,
+) -> Outcome:
+    """Write new examples that a model makes after being shown some of a file's (self-instruct).
+
+    Args:
+        subject: the file or recipe; its rows are the seeds.
+        model: the model's name at the endpoint; without one, a local model: embedded name, folder, GGUF file or hub id.
+        count: how many examples to make.
+        output: the file to write.
+        base_url: the endpoint, up to and with ``/v1``.
+        options: of :class:`luthier.endpoint.Endpoint`.
+        seed: of chance; None: the recipe's.
+        force: replace an existing file.
+
+    Raises:
+        UserError: no row can be a seed, the model cannot be asked, or nothing that it wrote can be kept.
+    """
+    from luthier.data.augmentation import self_instruct
+    from luthier.endpoint import Endpoint
+    from luthier.evaluation.answering import local_answerer
+
+    output = output or output_beside(subject, "generated")
+    writable_kind(output, force=force)
+    answerer = local_answerer(model) if base_url is None else Endpoint(base_url, model, **(options or {}))
+    seed = subject.recipe.seed if seed is None else seed
+    made = self_instruct(subject.train.examples, answerer, count, seed=seed)
+    if not made.examples:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in made.refused.most_common()) or "; ".join(made.failed[:3])
+        raise UserError(
+            f"nothing that the model wrote can be kept: {reasons}", where=model, remedy="name a more able model"
+        )
+    outcome = _written({output: made.examples}, force)
+    outcome.notes.append(f"{len(made.examples):,} new examples of {count:,} asked for, by {made.requests:,} requests")
+    outcome.notes += [f"  {n:,} refused: {reason}" for reason, n in made.refused.most_common()]
+    outcome.notes += [f"  a request failed: {why}" for why in made.failed[:3]]
+    outcome.details = made.to_dict()
     return outcome
 
 

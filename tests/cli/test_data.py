@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from chat_server import chat_server
 
 from luthier.cli import main
 from luthier.data.loader import load_file
@@ -46,7 +47,7 @@ def clean(tmp_path):
 def test_help_names_every_verb(data):
     code, out, _ = data("--help")
     assert code == 0
-    for verb in ("stats", "lint", "preview", "clean", "augment", "split", "convert"):
+    for verb in ("stats", "lint", "preview", "clean", "augment", "generate", "split", "convert"):
         assert f" {verb} " in out
 
 
@@ -142,3 +143,18 @@ def test_convert(data, rows, clean, tmp_path):
     assert code == 2 and "no column 'question'" in err
     code, _, err = data("convert", clean, tmp_path / "z.jsonl", "--column", "prompt")
     assert code == 2 and "part=column" in err
+
+
+def test_generate_writes_what_a_model_makes_of_the_rows(data, clean, tmp_path):
+    def reply(body, number):
+        words = [f"w{body['seed']}x{i}" for i in range(4)]
+        pairs = [{"prompt": " ".join(f"{w}y{j}" for j in range(8)), "answer": f"answer {w}"} for w in words]
+        return 200, "\n".join(map(json.dumps, pairs))
+
+    with chat_server(reply) as server:
+        asked = ("--model", "m", "--base-url", server.url, "--count", 6)
+        code, _, _ = data("generate", clean, *asked, "--json")
+        again, _, err = data("generate", clean, *asked)
+    made = load_file(tmp_path / "clean.generated.jsonl").examples
+    assert code == 0 and len(made) == 6 and all(e.output.startswith("answer w") for e in made)
+    assert again == 2 and "--force" in err

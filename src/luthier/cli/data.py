@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="data",
-    help="Judge, clean, split and convert the examples.\n\n"
+    help="Judge, clean, enlarge, split and convert the examples.\n\n"
     "[bold]stats[/bold] and [bold]lint[/bold] say what the rows are made of and what is wrong with them, "
     "[bold]preview[/bold] shows what is trained. The other verbs write new files and never change yours.\n\n"
     "Each takes a data file, or a recipe (.yaml) whose files and settings it then uses.",
@@ -212,6 +212,35 @@ def augment(
 
     opened = _subject(subject, overrides, column)
     made = augment_rows(opened, output, steps=steps_from(step or ()), ratio=ratio, seed=seed, force=force)
+    _print_outcome(made, as_json)
+
+
+@app.command()
+def generate(
+    subject: SubjectPath,
+    model: Annotated[str, typer.Option("--model", help="The model's name at the endpoint, or a local model.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="How many examples to make.")],
+    base_url: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-compatible endpoint, up to and with /v1; without: local.", show_default=False),
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable that holds its key.", show_default=False)
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the endpoint's model.")] = 0.7,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at one time.")] = 8,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of chance.", show_default=False)] = None,
+    output: Output = None,
+    column: Column = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write new examples that a model makes after being shown some of yours, without copies and the plainly bad."""
+    from luthier.rewriting import generate_rows
+
+    options = {"api_key_env": api_key_env, "temperature": temperature, "concurrency": concurrency}
+    opened = _subject(subject, None, column)
+    made = generate_rows(opened, model, count, output, base_url=base_url, options=options, seed=seed, force=force)
     _print_outcome(made, as_json)
 
 
