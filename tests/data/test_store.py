@@ -173,7 +173,7 @@ def test_a_folder_that_is_not_whole_is_no_find(tokenizer, cache):
     encoder = Encoder(Renderer(tokenizer), max_length=77)
     folder = cache / "encoded" / cache_key(encoder, EXAMPLES)
     folder.mkdir(parents=True)  # as another program might leave it
-    (folder / "part-0.arrow").write_bytes(b"ARROW1")
+    (folder / "rows-0.arrow").write_bytes(b"ARROW1")
     same(encode_rows(encoder, ExampleStore(EXAMPLES)), encoder.encode(EXAMPLES).examples)
 
 

@@ -1,6 +1,6 @@
 """Encoded rows on disk: written once as Arrow files, mapped into memory, found again by a later run.
 
-A folder of the cache holds ``part-N.arrow`` (record batches of rows), ``rejects.jsonl`` and, written last,
+A folder of the cache holds ``rows-N.arrow`` (record batches of rows), ``rejects.jsonl`` and, written last,
 ``summary.json``. Its name is the hash of all that decides what is in it; see :func:`cache_key`.
 """
 
@@ -11,13 +11,11 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -25,6 +23,7 @@ import numpy as np
 
 from luthier.data.encode import EncodedExample, Encoder, WordsDiffer, mask, runs_of
 from luthier.data.examples import Reject, Source, TrainingExample
+from luthier.data.parallel import over_pieces
 from luthier.data.render import Renderer
 from luthier.data.store import Chosen, digest, release, remove_work, work_folder
 from luthier.errors import UserError
@@ -35,11 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1_000
-# Fewer rows are encoded before a process of its own has started.
-_ROWS_A_PROCESS = 20_000
 _KEPT_BYTES = 20 * 2**30
-WORDS_DIFFER = 4
-"""Exit code of a process that met :class:`luthier.data.encode.WordsDiffer`."""
 _COLUMNS = ("ids", "runs", "index", "cut", "file", "line")
 
 
@@ -148,32 +143,6 @@ def _views(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
 # --- writing ---
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What one process encodes: every ``step``-th part, from ``begin`` on."""
-
-    tokenizer: PreTrainedTokenizerBase
-    renderer: dict[str, Any]
-    settings: dict[str, Any]
-    examples: Sequence[TrainingExample]
-    folder: Path
-    borders: list[int]
-    """Where each part begins among the examples, and where the last one ends."""
-    begin: int
-    step: int
-
-    def run(self) -> None:
-        """Write the parts.
-
-        Raises:
-            WordsDiffer: see :class:`luthier.data.encode.Encoder`.
-        """
-        encoder = Encoder(Renderer(self.tokenizer, **self.renderer), **self.settings)
-        for part in range(self.begin, len(self.borders) - 1, self.step):
-            first, end = self.borders[part], self.borders[part + 1]
-            _write_part(encoder.stream(self.examples[first:end], first=first), self.folder / f"part-{part}")
-
-
 def encode_rows(
     encoder: Encoder,
     examples: Sequence[TrainingExample],
@@ -244,8 +213,8 @@ def cache_key(encoder: Encoder, examples: Iterable[TrainingExample]) -> str:
 
     renderer, tokenizer = encoder.renderer, encoder.tokenizer
     code = hashlib.blake2b(digest_size=16)
-    for name in ("encode", "encoded", "words", "render", "conversations", "examples"):
-        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
     decides: dict[str, Any] = {
         "examples": digest(examples),
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest(),
@@ -260,64 +229,48 @@ def cache_key(encoder: Encoder, examples: Iterable[TrainingExample]) -> str:
 
 
 def _write(encoder: Encoder, examples: Sequence[TrainingExample], folder: Path, processes: int | None) -> None:
-    count = len(examples)
-    workers = processes or min(_cores(), max(1, count // _ROWS_A_PROCESS))
-    # Several parts a process, so that none waits long for another.
-    parts = 1 if workers == 1 else 4 * workers
     renderer = encoder.renderer
-    jobs = [
-        Job(
-            encoder.tokenizer,
-            {k: getattr(renderer, k) for k in ("system", "train_on", "allow_special_tokens")},
-            {"max_length": encoder.max_length, "truncation": encoder.truncation, "by_words": encoder.by_words},
-            examples,
-            folder,
-            [count * n // parts for n in range(parts + 1)],
-            begin,
-            workers,
-        )
-        for begin in range(workers)
-    ]
-    others = [_start(job, folder / f"job-{job.begin}") for job in jobs[1:]]
-    try:
-        jobs[0].run()
-        codes = [other.wait() for other in others]
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
-    if WORDS_DIFFER in codes:
-        raise WordsDiffer
-    for job, code in zip(jobs[1:], codes, strict=True):
-        if code:
-            said = (folder / f"job-{job.begin}.err").read_text(encoding="utf-8", errors="replace")
-            raise RuntimeError(f"a process that encodes rows ended with {code}: {said[-4000:]}")
-    listed = []
+    write = _Writer(
+        encoder.tokenizer,
+        {k: getattr(renderer, k) for k in ("system", "train_on", "allow_special_tokens")},
+        {"max_length": encoder.max_length, "truncation": encoder.truncation, "by_words": encoder.by_words},
+        folder,
+    )
+    written = over_pieces(write, examples, processes=processes)
     with (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
-        for part in range(parts):
-            said = json.loads((folder / f"part-{part}.json").read_text(encoding="utf-8"))
-            listed.append({"name": f"part-{part}.arrow", "files": said["files"]})
-            rejects.writelines(json.dumps(reject) + "\n" for reject in said["rejects"])
-    for path in (*folder.glob("job-*"), *folder.glob("part-*.json")):
-        path.unlink()
-    (folder / "summary.json").write_text(json.dumps({"parts": listed}), encoding="utf-8")
+        for piece in written:
+            rejects.writelines(json.dumps(asdict(reject)) + "\n" for reject in piece.rejects)
+    parts = [{"name": piece.name, "files": piece.files} for piece in written]
+    (folder / "summary.json").write_text(json.dumps({"parts": parts}), encoding="utf-8")
 
 
-def _start(job: Job, path: Path) -> subprocess.Popen[bytes]:
-    path.write_bytes(pickle.dumps(job))
-    with path.with_suffix(".err").open("wb") as errors:
-        return subprocess.Popen(
-            # Not by multiprocessing, which would import the user's script anew. -P: nor modules of the user's folder.
-            [sys.executable, "-P", "-m", "luthier.data.worker", str(path)],
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=errors,
-            stderr=errors,
-        )
+@dataclass(slots=True)
+class _Piece:
+    """A file of encoded rows: its name, the names of the files that the rows come from, and the refused ones."""
+
+    name: str
+    files: list[str]
+    rejects: list[Reject]
 
 
-def _write_part(rows: Iterable[EncodedExample | Reject], path: Path) -> None:
-    """``PATH.arrow`` with the rows, ``PATH.json`` with the refused ones and the names of the files."""
+@dataclass
+class _Writer:
+    """Encodes pieces of the rows; sent to other processes before its encoder is made."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rendering: dict[str, Any]
+    settings: dict[str, Any]
+    folder: Path
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(Renderer(self.tokenizer, **self.rendering), **self.settings)
+
+    def __call__(self, examples: Sequence[TrainingExample], first: int) -> _Piece:
+        return _write_part(self._encoder.stream(examples, first=first), self.folder / f"rows-{first}.arrow")
+
+
+def _write_part(rows: Iterable[EncodedExample | Reject], path: Path) -> _Piece:
     import pyarrow as pa
 
     numbers = pa.list_(pa.int32())
@@ -343,7 +296,7 @@ def _write_part(rows: Iterable[EncodedExample | Reject], path: Path) -> None:
         writer.write_batch(pa.record_batch(columns, schema=schema))
         waiting.clear()
 
-    with pa.OSFile(str(path.with_suffix(".arrow")), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for row in rows:
             if isinstance(row, Reject):
                 rejects.append(row)
@@ -353,8 +306,7 @@ def _write_part(rows: Iterable[EncodedExample | Reject], path: Path) -> None:
                 flush(writer)
         if waiting:
             flush(writer)
-    said = {"files": list(files), "rejects": [asdict(reject) for reject in rejects]}
-    path.with_suffix(".json").write_text(json.dumps(said), encoding="utf-8")
+    return _Piece(path.name, list(files), rejects)
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -377,7 +329,3 @@ def _forget(folder: Path, *, keep: Path) -> None:
         if entry != keep:
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

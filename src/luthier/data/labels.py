@@ -36,6 +36,13 @@ class Classes:
             self._short += 1
             self._answers[answer] += 1
 
+    def join(self, others: Classes) -> None:
+        """Add what was counted in other rows."""
+        self._rows += others._rows
+        self._labels += others._labels
+        self._short += others._short
+        self._answers += others._answers
+
     @property
     def counts(self) -> Counter[str] | None:
         """Rows of each class; None where the rows have no classes."""

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from luthier.data.encode import Encoder
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.findings import PLACES, Finding, Severity, ranked
 from luthier.data.labels import Classes, label_findings
+from luthier.data.parallel import over_pieces
 from luthier.data.render import special_tokens
 from luthier.data.row_checks import CHECKS, Check, Look
 from luthier.errors import shorten
@@ -54,11 +56,19 @@ class Hits:
     rows: list[str] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
 
-    def add(self, example: TrainingExample, sample: str) -> None:
+    def add(self, example: TrainingExample, sample: str, number: int | None = None) -> None:
+        """Count a row; ``number``, from 0, names one that comes from no file."""
         self.count += 1
         if len(self.rows) < PLACES:
-            self.rows.append(str(example.source or f"row {self.looked}"))
+            self.rows.append(str(example.source or f"row {self.looked if number is None else number + 1}"))
             self.samples.append(sample)
+
+    def join(self, later: Hits) -> None:
+        """Add what was found in later rows."""
+        self.count += later.count
+        self.looked += later.looked
+        self.rows = (self.rows + later.rows)[:PLACES]
+        self.samples = (self.samples + later.samples)[:PLACES]
 
     def finding(self, code: str, severity: Severity, message: str, remedy: str) -> Finding:
         share = self.count / max(1, self.looked)
@@ -164,20 +174,13 @@ def _refused(rejects: Sequence[Reject], kept: int, allowed: float) -> Iterator[F
 
 def _each_row(examples: Sequence[TrainingExample]) -> Iterator[Finding]:
     """What single rows show, in one pass, with the classes and system messages of all."""
-    hits: dict[str, Hits] = defaultdict(Hits)
-    classes, systems = Classes(), Hits()
-    step = -(-len(examples) // _SLOW_ROWS) or 1
-    for number, example in enumerate(examples):
-        look = Look(example)
-        for check in CHECKS:
-            if check.slow and number % step:
-                continue
-            hits[check.code].looked += 1
-            if (sample := check.find(look)) is not None:
-                hits[check.code].add(example, sample)
-        _tools(example, hits)
-        classes.add(example)
-        _system(example, systems)
+    look = partial(_look, step=-(-len(examples) // _SLOW_ROWS) or 1)
+    hits, classes, systems = _Seen(), Classes(), Hits()
+    for found, listed, spoken in over_pieces(look, examples):
+        for code in found:
+            hits[code].join(found[code])
+        classes.join(listed)
+        systems.join(spoken)
     for check in CHECKS:
         yield from _said(check, hits[check.code])
     for code, (severity, message, remedy) in _TOOL_CHECKS.items():
@@ -193,12 +196,39 @@ def _each_row(examples: Sequence[TrainingExample]) -> Iterator[Finding]:
         )
 
 
+class _Seen(defaultdict[str, Hits]):
+    """What was found in rows, by code."""
+
+    def __init__(self) -> None:
+        super().__init__(Hits)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (), None, None, iter(self.items())
+
+
+def _look(examples: Sequence[TrainingExample], first: int, *, step: int) -> tuple[_Seen, Classes, Hits]:
+    """What a piece of the rows shows. Slow checks look at every ``step``-th row of all."""
+    hits, classes, systems = _Seen(), Classes(), Hits()
+    for number, example in enumerate(examples, first):
+        look = Look(example)
+        for check in CHECKS:
+            if check.slow and number % step:
+                continue
+            hits[check.code].looked += 1
+            if (sample := check.find(look)) is not None:
+                hits[check.code].add(example, sample, number)
+        _tools(example, hits, number)
+        classes.add(example)
+        _system(example, systems)
+    return hits, classes, systems
+
+
 def _said(check: Check, hits: Hits) -> Iterator[Finding]:
     if hits.count and hits.count <= max(1, check.usual * hits.looked):
         yield hits.finding(check.code, check.severity, check.message, check.remedy)
 
 
-def _tools(example: TrainingExample, hits: dict[str, Hits]) -> None:
+def _tools(example: TrainingExample, hits: dict[str, Hits], number: int) -> None:
     from luthier.data.tool_checks import tool_problems
 
     if example.messages is None or not any(m.get("tool_calls") or m["role"] == "tool" for m in example.messages):
@@ -209,7 +239,7 @@ def _tools(example: TrainingExample, hits: dict[str, Hits]) -> None:
     for code, problem in tool_problems(example):
         found.setdefault(code, problem)
     for code, problem in found.items():
-        hits[code].add(example, problem)
+        hits[code].add(example, problem, number)
 
 
 def _system(example: TrainingExample, systems: Hits) -> None:
