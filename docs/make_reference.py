@@ -69,7 +69,7 @@ def steps() -> str:
     for augmenter in augmenters():
         lines.append(f"| `{augmenter.name}` | | | {_cell(augmenter.summary)} |")
         for name, default, what in augmenter.options:
-            lines.append(f"| | `{name}` | {f'`{default}`' if default else 'needed'} | {_cell(what)} |")
+            lines.append(f"| | `{name}` | {f'`{default}`' if default else ''} | {_cell(what)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -78,6 +78,8 @@ class Subject:
         data = self.recipe.data
         if not data.train:
             raise UserError("the recipe names no training data", where="data.train", remedy="name a file there")
+        self.files: list[str] = []
+        """Every file that is read."""
         named = {"train": data.train, "validation": data.validation, "test": data.test, "benchmarks": data.benchmarks}
         self.parts = {name: self._read(sources, clean) for name, sources in named.items() if sources}
 
@@ -89,6 +91,7 @@ class Subject:
         cleaning = Cleaning(data.clean, tokenizer=self.tokenizer) if clean and data.clean else None
         for source in sources:
             reading = read_examples(source, data.columns)
+            self.files += reading.paths
             for row in reading:
                 rows.rows_in += 1
                 if isinstance(row, Reject):

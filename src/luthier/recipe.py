@@ -77,8 +77,8 @@ class Columns(Section):
 
 class Source(Section):
     path: str
-    """A file (.json, .jsonl, .csv, .tsv, .parquet, .xlsx; also .gz and .zst), a folder, a glob (data/*.jsonl), or
-    hub:OWNER/NAME for a Hugging Face data set."""
+    """A file (.json, .jsonl, .ndjson, .csv, .tsv, also .gz and .zst; .parquet, .arrow, .xlsx), a folder, a glob
+    (data/*.jsonl), or hub:OWNER/NAME for a Hugging Face data set."""
     columns: Columns | None = None
     """This file's own column mapping, where it differs from data.columns."""
     weight: float | None = Field(None, gt=0)
@@ -108,8 +108,8 @@ class Split(Section):
     column: str | None = None
     """The column that holds the time, or the class where it's not the label."""
     group_by: str | None = None
-    """A column whose equal values stay in one part, or near_duplicates for rows that nearly say the same. Exact copies
-    always stay in one part."""
+    """A column whose equal values stay in one part; prompt for rows that ask the same, near_duplicates for those that
+    nearly say the same. Exact copies always stay in one part."""
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> Split:
@@ -126,7 +126,7 @@ class Step(Section):
     """A cleaner or an augmenter with its options; ``name`` and ``{name: {option: value}}`` are short for it."""
 
     name: str
-    """A built-in one's name, or MODULE:FUNCTION of your own."""
+    """A built-in one's name; or your own as MODULE:FUNCTION, or FILE.py:FUNCTION from the recipe's folder."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Its arguments."""
 
@@ -155,14 +155,14 @@ class DataSection(Section):
     test: list[Source] = Field(default_factory=list)
     """Files for the final evaluation, never seen in training."""
     benchmarks: list[Source] = Field(default_factory=list)
-    """Files that must not be trained on: training rows that hold one of their rows, exactly or nearly, are refused."""
+    """Files that must not be trained on: training rows that are, nearly are or hold one of their rows are refused."""
     columns: Columns = Field(default_factory=Columns)
     """Which column holds what; empty: recognised."""
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
     """Where sources have weights: no row is taken twice and the surplus of some is set aside, or every row is taken and
     those of some are repeated."""
     clean: list[Step] = Field(default_factory=list)
-    """Cleaners, in their order (docs/data.md lists them)."""
+    """Cleaners, in their order (docs/steps.md lists them)."""
     deduplicate: Literal["none", "exact", "near"] = "none"
     """Refuse rows that repeat an earlier one word for word, or nearly."""
     near_threshold: float = Field(0.8, gt=0, le=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,8 +62,28 @@ def steps_from(texts: Sequence[str]) -> list[Step]:
 def output_beside(subject: Subject, word: str, folder: Path | None = None) -> Path:
     """Where a verb writes by default: beside what it read, with a word in the name, as JSONL."""
     path = subject.path
-    name = path.name.removeprefix(".").partition(".")[0] or "rows"
-    return (folder if folder is not None else path if path.is_dir() else path.parent) / f"{name}.{word}.jsonl"
+    if not path.exists():
+        # A pattern: beside the first folder that it does not leave open. The files are its name without the signs.
+        while glob.has_magic(str(path.parent)):
+            path = path.parent
+    name = re.sub(r"[*?\[\]]", "", path.name.removeprefix(".").partition(".")[0]) or "rows"
+    # Beside a folder, not in it, where a later reading would take the file in.
+    return (folder if folder is not None else path.parent) / f"{name}.{word}.jsonl"
+
+
+def _ready(subject: Subject, *paths: Path, force: bool) -> None:
+    """Whether these files can be written.
+
+    Raises:
+        UserError: one is of no known kind, exists, or is one of those that are read.
+    """
+    read = {Path(file).resolve() for file in subject.files}
+    for path in paths:
+        if path.resolve() in read:
+            raise UserError(
+                f"{str(path)!r} is one of the files that are read", where=str(path), remedy="name another to write"
+            )
+        writable_kind(path, force=force)
 
 
 def convert_rows(subject: Subject, output: Path, to: str, *, force: bool = False, lossy: bool = False) -> Outcome:
@@ -78,6 +100,7 @@ def convert_rows(subject: Subject, output: Path, to: str, *, force: bool = False
             where=f"{first.file}:{first.line}",
             remedy="mend them, or leave them out with --lossy",
         )
+    _ready(subject, output, force=force)
     done = convert(train.examples, output, to, force=force, lossy=lossy)
     outcome = Outcome({str(output): done.rows}, [f"format {done.format}, read back and compared row by row"])
     if done.changed:
@@ -114,8 +137,7 @@ def clean_rows(
         )
     output = output or output_beside(subject, "cleaned")
     rejected = _beside(output, "rejects")
-    for path in (output, rejected):
-        writable_kind(path, force=force)
+    _ready(subject, output, rejected, force=force)
     cleaning = Cleaning(chosen, tokenizer=subject.tokenizer if _count_tokens(chosen) else None)
     rejects, kept = list(subject.train.rejects), ExampleStore()
     for made in cleaning.apply(subject.train.examples):
@@ -167,7 +189,7 @@ def augment_rows(
 
     recipe = subject.recipe
     output = output or output_beside(subject, "augmented")
-    writable_kind(output, force=force)
+    _ready(subject, output, force=force)
     augmentation = Augmentation(
         list(steps) or recipe.data.augment,
         recipe.data.augment_ratio if ratio is None else ratio,
@@ -214,7 +236,7 @@ def generate_rows(
     from luthier.evaluation.answering import local_answerer
 
     output = output or output_beside(subject, "generated")
-    writable_kind(output, force=force)
+    _ready(subject, output, force=force)
     answerer = local_answerer(model) if base_url is None else Endpoint(base_url, model, **(options or {}))
     seed = subject.recipe.seed if seed is None else seed
     made = self_instruct(subject.train.examples, answerer, count, seed=seed)

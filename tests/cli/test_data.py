@@ -158,3 +158,16 @@ def test_generate_writes_what_a_model_makes_of_the_rows(data, clean, tmp_path):
     made = load_file(tmp_path / "clean.generated.jsonl").examples
     assert code == 0 and len(made) == 6 and all(e.output.startswith("answer w") for e in made)
     assert again == 2 and "--force" in err
+
+
+def test_what_is_read_is_never_written_and_files_stand_beside_folders_and_patterns(data, clean, tmp_path):
+    before = clean.read_bytes()
+    code, _, err = data("convert", clean, clean, "--to", "openai", "--force")
+    assert code == 2 and "one of the files that are read" in err and clean.read_bytes() == before
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(before)
+    assert data("augment", folder, "--step", "noise_injection")[0] == 0
+    assert [p.name for p in folder.iterdir()] == ["a.jsonl"] and (tmp_path / "rows.augmented.jsonl").is_file()
+    assert data("split", tmp_path / "cl*n.jsonl")[0] == 0
+    assert (tmp_path / "cln.train.jsonl").is_file()

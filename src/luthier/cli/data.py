@@ -256,7 +256,7 @@ def split(
     ] = None,
     group_by: Annotated[
         str | None,
-        typer.Option(help="Column whose equal values stay together, or near_duplicates.", show_default=False),
+        typer.Option(help="Column whose equal values stay together, or prompt or near_duplicates.", show_default=False),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the shuffle.", show_default=False)] = None,
     output_dir: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import random
 import re
@@ -16,6 +15,7 @@ from rapidfuzz import process
 from luthier.data.augmentation.noise import noise_injection
 from luthier.data.augmentation.rewriting import Rewritten, back_translation, paraphrase
 from luthier.data.augmentation.synonyms import synonym_replacement
+from luthier.data.cleaning.functions import load_function
 from luthier.endpoint import Answerer, Endpoint
 from luthier.errors import UserError, shorten
 from luthier.recipe import Step
@@ -225,22 +225,13 @@ def _known(name: str, options: Mapping[str, Any], known: Sequence[str], where: s
 
 
 def _own(name: str, where: str) -> Augmenter:
-    """A function of the user's, from ``module:function``."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    """A function of the user's."""
+    if ":" not in name:
         known = [*_OF_TEXT, *_OF_MODEL]
         near = process.extractOne(name, known, score_cutoff=60)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}; your own: MODULE:FUNCTION"
         raise UserError(f"no augmenter is called {shorten(name)}", where=where, remedy=hint)
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{name} cannot be imported: {error}", where=where, remedy="it must be importable from the working folder"
-        ) from error
-    if not callable(function):
-        raise UserError(f"{name} is no function but {type(function).__name__}", where=where)
-    return function
+    return load_function(name, where)
 
 
 def _described(function: Callable[..., Any]) -> list[tuple[str, str, str]]:
