@@ -32,7 +32,7 @@ def make(settings: Settings) -> Outcome:
 
 
 def luthier(settings: Settings) -> Outcome:
-    """Read, look for copies, judge and encode a file, each in turn.
+    """Read, judge (with a search for near copies) and encode a file, each in turn.
 
     Returns:
         ``stages``: seconds and peak memory of each, in bytes: this process's, and that of its largest child.
@@ -41,6 +41,7 @@ def luthier(settings: Settings) -> Outcome:
     from luthier.data.encode import Encoder
     from luthier.data.encoded import encode_rows
     from luthier.data.examples import TrainingExample
+    from luthier.data.lint import lint
     from luthier.data.render import Renderer
     from luthier.data.sources import read_examples
     from luthier.data.store import ExampleStore
@@ -64,6 +65,9 @@ def luthier(settings: Settings) -> Outcome:
     rows = (row for row in read_examples(settings["file"]) if isinstance(row, TrainingExample))
     examples = measured("read", lambda: ExampleStore(rows))
     copies = measured("near copies", lambda: find_copies(examples, near=0.8))
+    if settings["lint"]:
+        unlimited = Encoder(Renderer(tokenizer))
+        measured("lint", lambda: lint(examples, encoder=unlimited, max_length=settings["max_length"], near=None))
     encoder = Encoder(Renderer(tokenizer), max_length=settings["max_length"])
     encoded = measured("encode", lambda: encode_rows(encoder, examples))
     again = measured("find again", lambda: encode_rows(encoder, examples))
