@@ -5,9 +5,10 @@
 
 Rows are GSM8K's, again and again with other numbers, in one JSONL file. Luthier's side reads them into its store on
 disk, looks for near copies, judges them (what `luthier data lint` does, near copies aside), and encodes them (chat
-template, tokens, trained spans) into its cache, each stage timed by itself; then it finds the encoded rows again, as a second run would. TRL's side reads the file with `datasets`, maps
-it to prompt and completion, and has SFTTrainer tokenise it and make the labels, by one process (its default) and by
-all cores. Its cost a row does not depend on their number, so it gets fewer.
+template, tokens, trained spans) into its cache, each stage timed by itself; then it finds the encoded rows again, as a
+second run would. TRL's side reads the file with `datasets`, maps it to prompt and completion, and has SFTTrainer
+tokenise it and make the labels, by one process (its default) and by all cores. Its cost a row does not depend on their
+number, so it gets fewer.
 
 Printed: rows a second, microseconds a row, and peak memory of each stage; the ratio is that of reading and encoding,
 which is what TRL does too. The ids of the first rows are compared.
