@@ -22,10 +22,11 @@ UNKNOWN_SOURCE = Source("examples given in Python", 0)
 Run = tuple[int, int]
 """A half-open range of tokens."""
 
+_Tokens = tuple[np.ndarray, list[Run], str]
 # So many rows pay for trying the tokenizer's characters.
 _WORDS_PAY = 500
 # Of the rows that are encoded word by word, one in so many is encoded by the tokenizer too, and must be the same.
-_COMPARED = 50
+_COMPARED = 100
 
 
 @dataclass(slots=True)
@@ -44,6 +45,17 @@ class EncodedExample:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(slots=True)
+class EncodedRow:
+    """An :class:`EncodedExample` in fewer words: its trained tokens are ranges."""
+
+    input_ids: np.ndarray
+    runs: list[Run]
+    source: Source | None
+    index: int
+    cut: int = 0
 
 
 @dataclass(slots=True)
@@ -111,6 +123,17 @@ class Encoder:
     def stream(
         self, examples: Iterable[TrainingExample], *, first: int = 0, chunk: int = 1000
     ) -> Iterator[EncodedExample | Reject]:
+        """Every example as token ids or as a reject, in order; see :meth:`rows`."""
+        for row in self.rows(examples, first=first, chunk=chunk):
+            if isinstance(row, Reject):
+                yield row
+            else:
+                trained = mask(row.runs, len(row.input_ids))
+                yield EncodedExample(row.input_ids, trained, row.source, row.index, row.cut)
+
+    def rows(
+        self, examples: Iterable[TrainingExample], *, first: int = 0, chunk: int = 1000
+    ) -> Iterator[EncodedRow | Reject]:
         """Every example as token ids or as a reject, in order, in constant memory.
 
         Args:
@@ -136,9 +159,9 @@ class Encoder:
 
     @cached_property
     def _words(self) -> WordTokenizer | None:
-        return WordTokenizer.of(self.tokenizer)
+        return WordTokenizer.of(self.tokenizer, missing_bytes(self.tokenizer))
 
-    def _encode(self, examples: Sequence[TrainingExample], first: int) -> Iterator[EncodedExample | Reject]:
+    def _encode(self, examples: Sequence[TrainingExample], first: int) -> Iterator[EncodedRow | Reject]:
         rendered: list[Rendered | None] = []
         refused: dict[int, Reject] = {}
         for number, example in enumerate(examples):
@@ -157,17 +180,16 @@ class Encoder:
             if whole_or_none is None:
                 yield refused[number]
                 continue
-            ids, runs = next(tokenised)
-            lost = self._lost(whole_or_none.text, ids)
+            ids, runs, lost = next(tokenised)
             if lost:
                 message = f"the model's vocabulary has no token for {shorten(lost)}, which would vanish from the text"
                 yield _reject(example, "characters_lost", message, "take these characters out")
                 continue
-            yield from self._fit(EncodedExample(ids, mask(runs, len(ids)), example.source, first + number), example)
+            yield from self._fit(EncodedRow(ids, between(runs, 1, len(ids)), example.source, first + number), example)
 
-    def _tokenise(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, list[Run]]]:
-        """Ids of each text, and the ranges of them that are trained."""
-        result: list[tuple[np.ndarray, list[Run]] | None] = [None] * len(rendered)
+    def _tokenise(self, rendered: Sequence[Rendered]) -> list[_Tokens]:
+        """Ids of each text, the ranges of them that are trained, and the characters that they do not hold."""
+        result: list[_Tokens | None] = [None] * len(rendered)
         compared: list[int] = []
         self._met += len(rendered)
         words = self._words if self.by_words and self._met > _WORDS_PAY else None
@@ -175,7 +197,7 @@ class Encoder:
             for number, item in enumerate(rendered):
                 found = words.encode(item.text, item.spans) if words.covers(item.text) else None
                 if found is not None:
-                    result[number] = (np.array(found[0], dtype=np.int32), found[1])
+                    result[number] = (*found, "")
                     self._by_words += 1
                     if self._by_words <= _COMPARED or self._by_words % _COMPARED == 0:
                         compared.append(number)
@@ -189,11 +211,12 @@ class Encoder:
                 ours is None
                 or not np.array_equal(ours[0], made[0])
                 or not np.array_equal(mask(ours[1], len(made[0])), mask(made[1], len(made[0])))
+                or made[2]
             ):
                 raise WordsDiffer
         return [made for made in result if made is not None]
 
-    def _by_tokenizer(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, list[Run]]]:
+    def _by_tokenizer(self, rendered: Sequence[Rendered]) -> list[_Tokens]:
         if not rendered:
             return []
         batch = self.tokenizer(
@@ -204,13 +227,14 @@ class Encoder:
             truncation=False,
             verbose=False,
         )
-        made = []
+        made: list[_Tokens] = []
         for item, ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
             ranges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-            made.append((np.asarray(ids, dtype=np.int32), runs_of(trained_tokens(ranges, item.spans))))
+            runs = runs_of(trained_tokens(ranges, item.spans))
+            made.append((np.asarray(ids, dtype=np.int32), runs, self._lost(item.text, ids)))
         return made
 
-    def _lost(self, text: str, ids: np.ndarray) -> str:
+    def _lost(self, text: str, ids: list[int]) -> str:
         """Characters of a text that its tokens do not hold."""
         if self._missing and self._missing.search(text.encode("utf-8")):
             return "".join(c for c in text if self._missing.search(c.encode("utf-8")))
@@ -219,38 +243,37 @@ class Encoder:
             return f"some characters of {shorten(text)}"
         return ""
 
-    def _fit(self, item: EncodedExample, example: TrainingExample) -> Iterable[EncodedExample | Reject]:
+    def _fit(self, row: EncodedRow, example: TrainingExample) -> Iterable[EncodedRow | Reject]:
         """The example within ``max_length``, or the reject that says why it is not."""
-        limit = self.max_length
-        if limit is not None and len(item) > limit:
+        limit, ids = self.max_length, row.input_ids
+        if limit is not None and len(ids) > limit:
             if self.truncation == "split" and example.is_plain_text:
                 # The last token of a piece opens the next one, so that every token is still predicted once.
-                for begin in range(0, len(item) - 1, limit - 1):
-                    ids = item.input_ids[begin : begin + limit]
-                    trained = item.trained[begin : begin + limit].copy()
-                    trained[0] = False
-                    yield EncodedExample(ids, trained, item.source, item.index)
+                for begin in range(0, len(ids) - 1, limit - 1):
+                    end = begin + limit
+                    runs = [(a - begin, b - begin) for a, b in between(row.runs, begin + 1, end)]
+                    yield EncodedRow(ids[begin:end], runs, row.source, row.index)
                 return
             if self.truncation != "cut":
                 yield _reject(
                     example,
                     "too_long",
-                    f"the row has {len(item):,} tokens, more than data.max_length={limit:,}",
+                    f"the row has {len(ids):,} tokens, more than data.max_length={limit:,}",
                     "raise data.max_length, shorten the row, or set data.truncation=cut to lose the end of it",
                 )
                 return
-            lost = int(item.trained[limit:].sum())
-            item = EncodedExample(item.input_ids[:limit], item.trained[:limit], item.source, item.index, cut=lost)
-        if not item.trained.any():
+            lost = sum(b - a for a, b in between(row.runs, limit, len(ids)))
+            row = EncodedRow(ids[:limit], between(row.runs, 1, limit), row.source, row.index, cut=lost)
+        if not row.runs:
             yield _reject(
                 example,
                 "nothing_trained",
                 "no token of the row would be trained"
-                + (f": its answer starts after data.max_length={limit}" if item.cut else ""),
-                "give it an answer" if not item.cut else "raise data.max_length",
+                + (f": its answer starts after data.max_length={limit}" if row.cut else ""),
+                "give it an answer" if not row.cut else "raise data.max_length",
             )
             return
-        yield item
+        yield row
 
 
 class WordsDiffer(RuntimeError):
@@ -296,6 +319,11 @@ def runs_of(trained: np.ndarray) -> list[Run]:
     if len(edges) % 2:
         edges.append(len(trained))
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def between(runs: Iterable[Run], first: int, end: int) -> list[Run]:
+    """What of some ranges lies in another."""
+    return [(max(a, first), min(b, end)) for a, b in runs if min(b, end) > max(a, first)]
 
 
 def mask(runs: Iterable[Run], length: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from luthier.data.encode import EncodedExample, Encoder, WordsDiffer, mask, runs_of
+from luthier.data.encode import EncodedExample, EncodedRow, Encoder, WordsDiffer, mask
 from luthier.data.examples import Reject, Source, TrainingExample
 from luthier.data.parallel import over_pieces
 from luthier.data.render import Renderer
@@ -267,10 +267,10 @@ class _Writer:
         return Encoder(Renderer(self.tokenizer, **self.rendering), **self.settings)
 
     def __call__(self, examples: Sequence[TrainingExample], first: int) -> _Piece:
-        return _write_part(self._encoder.stream(examples, first=first), self.folder / f"rows-{first}.arrow")
+        return _write_part(self._encoder.rows(examples, first=first), self.folder / f"rows-{first}.arrow")
 
 
-def _write_part(rows: Iterable[EncodedExample | Reject], path: Path) -> _Piece:
+def _write_part(rows: Iterable[EncodedRow | Reject], path: Path) -> _Piece:
     import pyarrow as pa
 
     numbers = pa.list_(pa.int32())
@@ -278,16 +278,16 @@ def _write_part(rows: Iterable[EncodedExample | Reject], path: Path) -> _Piece:
     schema = pa.schema(list(zip(_COLUMNS, kinds, strict=True)))
     files: dict[str, int] = {}
     rejects: list[Reject] = []
-    waiting: list[EncodedExample] = []
+    waiting: list[EncodedRow] = []
 
     def flush(writer: pa.RecordBatchWriter) -> None:
-        runs = [np.array(runs_of(row.trained), dtype=np.int32).reshape(-1) for row in waiting]
+        ends = np.array([end for row in waiting for run in row.runs for end in run], dtype=np.int32)
         places = [
             (-1, 0) if (s := row.source) is None else (files.setdefault(s.file, len(files)), s.line) for row in waiting
         ]
         columns = [
-            _lists([row.input_ids for row in waiting]),
-            _lists(runs),
+            _lists([len(row.input_ids) for row in waiting], np.concatenate([row.input_ids for row in waiting])),
+            _lists([2 * len(row.runs) for row in waiting], ends),
             pa.array([row.index for row in waiting], pa.int64()),
             pa.array([row.cut for row in waiting], pa.int32()),
             pa.array([file for file, _ in places], pa.int32()),
@@ -309,11 +309,10 @@ def _write_part(rows: Iterable[EncodedExample | Reject], path: Path) -> _Piece:
     return _Piece(path.name, list(files), rejects)
 
 
-def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+def _lists(lengths: Sequence[int], values: np.ndarray) -> pa.ListArray:
     import pyarrow as pa
 
-    ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(ends, np.concatenate([np.empty(0, dtype=np.int32), *arrays]))
+    return pa.ListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int32), values)
 
 
 def _forget(folder: Path, *, keep: Path) -> None:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,18 +45,21 @@ class WordTokenizer:
         tokenizer: a fast tokenizer.
         steps: the expressions that cut a text into words, one after the other.
         characters: those that were found to be cut alike.
+        missing: bytes that the vocabulary has no token for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, steps: list[re.Pattern[str]], characters: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, steps: list[re.Pattern[str]], characters: str, missing: frozenset[int]
+    ) -> None:
         self._steps = steps
         self._covered = re.compile(f"[{_class(characters)}]*")
         added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
         # The longest of those that begin at one place wins; an empty alternation would match everywhere.
         self._added = re.compile(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True))) or '(?!)'})")
-        self._known = _Words(tokenizer.backend_tokenizer.model, {token: [index] for token, index in added.items()})
+        self._known = _Words(tokenizer.backend_tokenizer.model, added, missing, tokenizer.unk_token_id)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> WordTokenizer | None:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, missing: frozenset[int] = frozenset()) -> WordTokenizer | None:
         """One for this tokenizer; None where it is of another kind, or where trying it shows that it is."""
         backend = tokenizer.backend_tokenizer
         expressions = _expressions(json.loads(backend.to_str()))
@@ -68,13 +73,13 @@ class WordTokenizer:
         except (re.error, _Unsupported):
             return None
         alike = "".join(c for c in characters if _cut_alike(c, steps, backend.pre_tokenizer.pre_tokenize_str))
-        return cls(tokenizer, steps, alike) if set("aZ09 .\n") <= set(alike) else None
+        return cls(tokenizer, steps, alike, missing) if set("aZ09 .\n") <= set(alike) else None
 
     def covers(self, text: str) -> bool:
         """Whether the text holds nothing but characters that were tried."""
         return self._covered.fullmatch(text) is not None
 
-    def encode(self, text: str, spans: Sequence[Span] = ()) -> tuple[list[int], list[Span]] | None:
+    def encode(self, text: str, spans: Sequence[Span] = ()) -> tuple[np.ndarray, list[Span]] | None:
         """Token ids of a covered text, and the half-open token ranges of character ranges.
 
         Args:
@@ -82,7 +87,8 @@ class WordTokenizer:
             spans: half-open character ranges.
 
         Returns:
-            None where a range begins or ends inside a word: where its tokens do, this class does not know.
+            ``[n] int32`` (read-only) and the ranges; None where a range begins or ends inside a word (where its tokens
+            do, this class does not know) and where tokens would not hold all of a word.
         """
         words: list[str] = []
         borders: list[tuple[int, int]] = []  # where each piece begins: in characters, and in words
@@ -95,26 +101,38 @@ class WordTokenizer:
             elif piece:
                 words += _cut(piece, self._steps)
         borders.append((at, len(words)))
-        tokens = list(map(self._known.__getitem__, words))
+        try:
+            tokens = list(map(self._known.__getitem__, words))
+        except _Lossy:
+            return None
         ranges: list[Span] = []
         for begin, end in spans:
             first, last = _word_at(begin, borders, words), _word_at(end, borders, words)
             if first is None or last is None:
                 return None
-            start = sum(map(len, tokens[:first]))
-            ranges.append((start, start + sum(map(len, tokens[first:last]))))
-        return list(chain.from_iterable(tokens)), ranges
+            start = sum(map(len, tokens[:first])) // 4
+            ranges.append((start, start + sum(map(len, tokens[first:last])) // 4))
+        return np.frombuffer(b"".join(tokens), dtype=np.int32), ranges
 
 
-class _Words(dict[str, list[int]]):
-    """Token ids of each word met."""
+class _Lossy(ValueError):
+    """A word that its tokens do not hold."""
 
-    def __init__(self, model: Any, known: dict[str, list[int]]) -> None:
-        super().__init__(known)
+
+class _Words(dict[str, bytes]):
+    """Token ids of each word met, as the four bytes of each: read at once, where numbers are read one by one."""
+
+    def __init__(self, model: Any, known: dict[str, int], missing: frozenset[int], unknown: int | None) -> None:
+        super().__init__({word: array("i", [index]).tobytes() for word, index in known.items()})
         self._model = model
+        self._missing = missing
+        self._unknown = unknown
 
-    def __missing__(self, word: str) -> list[int]:
-        ids = [token.id for token in self._model.tokenize(_spelt(word))]
+    def __missing__(self, word: str) -> bytes:
+        numbers = [token.id for token in self._model.tokenize(_spelt(word))]
+        if self._unknown in numbers or not self._missing.isdisjoint(word.encode("utf-8")):
+            raise _Lossy
+        ids = array("i", numbers).tobytes()
         if len(word) <= _LONGEST and len(self) < _REMEMBERED:
             self[word] = ids
         return ids

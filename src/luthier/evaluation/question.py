@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from luthier.data.examples import Message, TrainingExample
-from luthier.data.render import RenderError, end_of_turn, prompt_messages, prompt_text, template_text
+from luthier.data.render import Renderer, RenderError, prompt_messages, prompt_text
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,23 +49,25 @@ def ask(
         raise UserError(
             "the example has no answer to compare with", where=where, remedy="give it an output, or leave it out"
         )
+    if not any(turn["role"] not in ("system", "developer") for turn in turns):
+        raise UserError("nobody asks before the answer", where=where, remedy="give it a prompt, or leave it out")
     try:
         prompt = prompt_text(tokenizer, turns, example.tools)
         own = str(answer.get("content") or "")
         if answer.get("tool_calls"):
-            own = _written(tokenizer, [*turns, answer], example, prompt)
+            own = _written(tokenizer, [*turns, answer], example)
     except RenderError as error:
         raise UserError(str(error), where=where, remedy=error.remedy) from None
     asked = str(turns[-1].get("content") or "") if turns else ""
     return Question(prompt, asked, [own, *example.references], where)
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], example: TrainingExample, prompt: str) -> str:
-    """A turn that calls tools, as the template has the model write it: what follows the prompt."""
-    turns = [{**m, "content": "" if m.get("content") is None else m["content"]} for m in messages]
-    text = template_text(tokenizer, turns, example.tools, add_generation_prompt=False)
-    if not text.startswith(prompt):
-        raise RenderError("answer_altered", "the chat template rewrites the turns before a tool call")
-    closing = end_of_turn(tokenizer)
-    written = text[len(prompt) :]
-    return (written.partition(closing)[0] if closing else written).strip()
+def _written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], example: TrainingExample) -> str:
+    """A turn that calls tools, as the template has the model write it: what training would teach."""
+    renderer = Renderer(tokenizer, train_on="last_answer", allow_special_tokens=True)
+    last = {**messages[-1], "train": True}
+    rendered = renderer.render(TrainingExample(messages=[*messages[:-1], last], tools=example.tools))
+    written = rendered.text[slice(*rendered.spans[-1])]
+    for closing in renderer.ends_of_turn:
+        written = written.removesuffix(closing)
+    return written.strip()
