@@ -67,7 +67,8 @@ class EncodedRows(Sequence[EncodedExample]):
             # A run's two ends stand beside each other; what lies before them is counted twice with opposite signs.
             signed = np.concatenate([[0], np.cumsum(np.where(np.arange(len(runs)) % 2, runs, -runs))])
             columns["trained"].append(np.diff(signed[at]))
-            columns["index"].append(batch.column("index").to_numpy())
+            # A copy: a view would keep the whole batch in memory.
+            columns["index"].append(batch.column("index").to_numpy().copy())
             self._ends.append(len(batch) + (self._ends[-1] if self._ends else 0))
         empty = np.empty(0, dtype=np.int64)
         self.lengths, self.trained, index = (
