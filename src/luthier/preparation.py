@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,8 +110,9 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
     added = set_stop_tokens(base, tokenizer)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    turn = processes.main_first() if recipe.data.cache and processes.count > 1 else None
-    dataset = prepare(recipe, tokenizer, context=context, given=given, turn=turn, local=local_answerer)
+    # The others find encoded rows, and what a model has answered to augmenters, on disk.
+    with processes.main_first() if recipe.data.cache and processes.count > 1 else contextlib.nullcontext():
+        dataset = prepare(recipe, tokenizer, context=context, given=given, local=local_answerer)
     base_print = fingerprint(base)
     torch.manual_seed(recipe.seed)
     model = method.wrap(base, recipe.method, new_tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import yaml
 
 from luthier.data.columns import Proposal, propose
 from luthier.data.encode import Encoder
-from luthier.data.examples import TrainingExample
-from luthier.data.loader import load_file
+from luthier.data.examples import Reject, TrainingExample
 from luthier.data.render import Renderer
+from luthier.data.sources import open_source, read_examples
+from luthier.data.store import Chosen, ExampleStore
 from luthier.errors import UserError
 from luthier.methods import METHODS, get_method
 from luthier.models.loading import load_tokenizer
+from luthier.recipe import Columns, Source
 
 _MEASURED = 2_000
 # Rows to validate on, and to test on, are about so many at most.
@@ -45,22 +48,31 @@ def propose_recipe(data: Path, *, model: str, method: str, recipe_dir: Path) -> 
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}", where="--method", remedy=f"known: {', '.join(METHODS)}")
-    found = propose(data)
-    loaded = load_file(data, found.columns)
-    if not loaded.examples:
-        first = loaded.rejects[0] if loaded.rejects else None
+    files = open_source(Source(path=str(data)))[0]
+    found = propose(files[0].path)
+    if len(files) > 1:
+        # Each file is recognised on its own.
+        found = replace(found, columns=Columns(), notes=[f"{len(files):,} files; the first is {files[0].path}"])
+    examples, rejects = ExampleStore(), []
+    for row in read_examples(str(data), found.columns):
+        if isinstance(row, Reject):
+            rejects.append(row)
+        else:
+            examples.append(row)
+    rows = len(examples)
+    if not rows:
+        first = rejects[0] if rejects else None
         raise UserError(
-            f"no row of {str(data)!r} can be trained on ({loaded.rows_in:,} read)",
+            f"no row of {str(data)!r} can be trained on ({len(rejects):,} read)",
             where=f"{first.file}:{first.line}" if first else None,
             remedy=f"{first.message}; {first.remedy or 'mend the rows'}" if first else "put rows into it",
         )
-    lengths, longest = _lengths(loaded.examples, model)
+    lengths, longest = _lengths(examples, model)
     max_length = max(64, -(-longest // 64) * 64)
-    rows = len(loaded.examples)
     seen = [
-        f"{data}: {loaded.rows_in:,} rows, format {found.format}, {found.encoding}",
-        f"  {rows:,} rows understood, {len(loaded.rejects):,} refused",
-        *(f"  {reject.file}:{reject.line}: {reject.message}" for reject in loaded.rejects[:5]),
+        f"{data}: {rows + len(rejects):,} rows, format {found.format}, {found.encoding}",
+        f"  {rows:,} rows understood, {len(rejects):,} refused",
+        *(f"  {reject.file}:{reject.line}: {reject.message}" for reject in rejects[:5]),
         *(f"  {note}" for note in found.notes),
     ]
     if len(lengths):
@@ -69,14 +81,16 @@ def propose_recipe(data: Path, *, model: str, method: str, recipe_dir: Path) -> 
     return RecipeProposal(_text(data, found, model, method, recipe_dir, rows, max_length), seen)
 
 
-def _lengths(examples: list[TrainingExample], model: str) -> tuple[np.ndarray, int]:
+def _lengths(examples: Sequence[TrainingExample], model: str) -> tuple[np.ndarray, int]:
     """Tokens of rows taken evenly over all sizes, and of the longest row."""
     encoder = Encoder(Renderer(load_tokenizer(model), allow_special_tokens=True))
-    by_size = sorted(examples, key=lambda e: len(e.to_causal_lm_format()))
+    by_size = np.argsort([len(e.to_causal_lm_format()) for e in examples], kind="stable")
     # Up to some thousands every row is measured; of more, an even sample, and those with the most characters.
     even = by_size[:: max(1, -(-2 * len(by_size) // _MEASURED))] if len(by_size) > _MEASURED else by_size
-    largest = by_size[-_MEASURED // 2 :] if len(by_size) > _MEASURED else []
-    lengths, extreme = (np.array([len(e) for e in encoder.encode(rows).examples]) for rows in (even, largest))
+    largest = by_size[-_MEASURED // 2 :] if len(by_size) > _MEASURED else by_size[:0]
+    lengths, extreme = (
+        np.array([len(e) for e in encoder.encode(Chosen(examples, rows)).examples]) for rows in (even, largest)
+    )
     return lengths, int(max([*lengths, *extreme], default=2048))
 
 

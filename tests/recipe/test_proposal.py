@@ -11,8 +11,10 @@ import yaml
 from luthier.data.encode import Encoder
 from luthier.data.loader import DatasetLoader
 from luthier.data.render import Renderer
+from luthier.data.sources import read_examples
 from luthier.models.loading import load_tokenizer
 from luthier.proposal import propose_recipe
+from luthier.recipe import Recipe
 
 
 @pytest.mark.parametrize("rows", [300, 4_000])
@@ -34,3 +36,15 @@ def test_lengths_and_shares(rows, tiny_model_dir, tmp_path):
     assert most == pytest.approx(lengths[int(0.99 * len(lengths))], abs=1)
     share = yaml.safe_load(proposal.text)["data"]["split"]["validation"]
     assert share == (0.1 if rows == 300 else 0.07)
+
+
+def test_a_folder_and_a_pattern_become_one_source(tmp_path, tiny_model_dir):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text('{"prompt": "2 + 2?", "response": "4"}\n' * 3, encoding="utf-8")
+    (tmp_path / "rows" / "b.csv").write_text("question,answer\n3 + 3?,6\n", encoding="utf-8")
+    for data in (tmp_path / "rows", tmp_path / "rows" / "*"):
+        made = propose_recipe(data, model=str(tiny_model_dir), method="lora", recipe_dir=tmp_path)
+        (tmp_path / "recipe.yaml").write_text(made.text, encoding="utf-8")
+        recipe = Recipe.load(tmp_path / "recipe.yaml")
+        assert [example.output for example in read_examples(recipe.data.train[0])] == ["4", "4", "4", "6"]
+        assert "4 rows" in made.seen[0] and any("2 files" in line for line in made.seen)

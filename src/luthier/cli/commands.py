@@ -42,7 +42,7 @@ def options(
 @app.command()
 def init(
     data: Annotated[
-        Path, typer.Argument(help="A file of examples: .json .jsonl .csv .tsv .parquet", show_default=False)
+        Path, typer.Argument(help="A file of examples, a folder of them, or a pattern", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the recipe.")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="Embedded name, folder, GGUF file or hub id.")] = "smollm2",

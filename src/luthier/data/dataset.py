@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,7 +107,6 @@ def prepare(
     *,
     context: int | None = None,
     given: Mapping[str, Sequence[TrainingExample]] | None = None,
-    turn: contextlib.AbstractContextManager[object] | None = None,
     local: Callable[[str], Answerer] | None = None,
 ) -> Dataset:
     """Read, clean, split, augment and encode the rows of a recipe.
@@ -119,7 +117,6 @@ def prepare(
         context: longest input the model takes, in tokens; the smaller of it and data.max_length holds.
         given: rows by part ("train", "validation", "test") that come from Python instead of files; they are not
             split further.
-        turn: entered for the encoding, where one process does it for others that find its result.
         local: makes a model of augmenters that name a local folder.
 
     Returns:
@@ -152,9 +149,8 @@ def prepare(
     )
     limits = [n for n in (data.max_length, context) if n is not None]
     encoder = Encoder(renderer, max_length=min(limits, default=None), truncation=data.truncation)
-    with turn or contextlib.nullcontext():
-        for part in parts.values():
-            _encode(part, encoder, recipe)
+    for part in parts.values():
+        _encode(part, encoder, recipe)
     return Dataset(parts["train"], parts["validation"], parts["test"], renderer, files, notes)
 
 
