@@ -64,6 +64,6 @@ def test_lint_by_two_is_lint_by_one(monkeypatch):
     store = examples(300)
     alone = lint(store)
     monkeypatch.setattr("luthier.data.parallel._ROWS_A_PROCESS", 100)
-    monkeypatch.setattr("luthier.data.parallel._cores", lambda: 2)
+    monkeypatch.setattr("luthier.data.parallel.cores", lambda: 2)
     assert lint(store).findings == alone.findings
     assert {"boilerplate", "mojibake"} <= {f.code for f in alone.findings}

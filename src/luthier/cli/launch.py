@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import IO, Any
 
+from luthier.data.parallel import cores
 from luthier.errors import UserError
 
 LAUNCHER = "LUTHIER_LAUNCHER"
@@ -54,7 +55,7 @@ def launch(arguments: list[str], count: int) -> int:
         "MASTER_PORT": str(_free_port()),
         LAUNCHER: str(os.getpid()),
     }
-    shared.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     children: list[subprocess.Popen[bytes]] = []
     with _logs(count) as logs, _forwarding(children):
         for index, log in enumerate(logs):
@@ -158,7 +159,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from luthier.data.duplicates import check_threshold, refused
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.minhash import Part, among, candidates, distinct, form, similarities, sketched
 from luthier.data.shingles import all_keys, first_equal, grams, place
+from luthier.data.store import Joined
 
 LONG = 8
 """Words in the n-grams by which a question is found inside a longer text."""
@@ -44,27 +45,6 @@ class Overlaps:
         return [(i, int(other[i]), float(self.similarity[i]) if kind == "near" else 1.0) for i in rows]
 
 
-class _Joined(Sequence[TrainingExample]):
-    """Two row sequences as one, without a list of both."""
-
-    def __init__(self, first: Sequence[TrainingExample], second: Sequence[TrainingExample]) -> None:
-        self.first, self.second = first, second
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    @overload
-    def __getitem__(self, index: int) -> TrainingExample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TrainingExample]: ...
-
-    def __getitem__(self, index: int | slice) -> TrainingExample | Sequence[TrainingExample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
-
-
 def overlap(
     rows: Sequence[TrainingExample], others: Sequence[TrainingExample], *, threshold: float | None = 0.8
 ) -> Overlaps:
@@ -84,7 +64,7 @@ def overlap(
     if threshold is not None:
         check_threshold(threshold)
     edge = len(others)
-    joined = _Joined(others, rows)
+    joined = Joined(others, rows)
     theirs, ours = all_keys(others, tools=False), all_keys(rows, tools=False)
     first_row = first_equal(np.concatenate([theirs[1], ours[1]]))
     first_prompt = first_equal(np.concatenate([theirs[0], ours[0]]))
@@ -101,7 +81,7 @@ def overlap(
 
 
 def _nearest(
-    joined: _Joined,
+    joined: Joined[TrainingExample],
     others: np.ndarray,
     rows: np.ndarray,
     threshold: float,

@@ -36,7 +36,7 @@ def over_pieces(
         Exception: what the function raised in any process.
     """
     count = len(rows)
-    workers = processes or min(_cores(), max(1, count // _ROWS_A_PROCESS))
+    workers = processes or min(cores(), max(1, count // _ROWS_A_PROCESS))
     pieces = 1 if workers == 1 else _PIECES * workers
     borders = [count * n // pieces for n in range(pieces + 1)]
 
@@ -101,7 +101,8 @@ def _run(job: Path) -> None:
     aside.rename(made)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -8,11 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from luthier.data.dataset import Dataset, Part
 from luthier.data.duplicates import find_copies
-from luthier.data.encode import EncodedExample
+from luthier.data.encode import EncodedExample, runs_of
 from luthier.data.examples import Source, TrainingExample
 from luthier.data.findings import Finding, places
 from luthier.data.labels import Classes, label_findings
@@ -87,12 +85,6 @@ def _sample(part: Part) -> list[tuple[EncodedExample, TrainingExample]]:
     return [(row, part.examples[row.index]) for row in rows]
 
 
-def runs(trained: np.ndarray) -> list[tuple[int, int]]:
-    """Half-open ranges of consecutive trained tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], trained.astype(np.int8), [0]])))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-
-
 def _trained_text(dataset: Dataset) -> Iterator[Finding]:
     """Decode what is trained and compare it with the answers, the end-of-turn and the serving prompt."""
     renderer, tokenizer = dataset.renderer, dataset.renderer.tokenizer
@@ -162,7 +154,7 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
 
 def _ends_turns(row: EncodedExample, ends: frozenset[str], tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = [tokenizer.convert_tokens_to_ids(end) for end in ends]
-    return not ids or all(row.input_ids[stop - 1] in ids for _, stop in runs(row.trained))
+    return not ids or all(row.input_ids[stop - 1] in ids for _, stop in runs_of(row.trained))
 
 
 def _says_answers(row: EncodedExample, rendered: Rendered, example: TrainingExample, renderer: Renderer) -> bool:
@@ -171,7 +163,7 @@ def _says_answers(row: EncodedExample, rendered: Rendered, example: TrainingExam
     said = _squeezed(
         "".join(
             str(tokenizer.decode(row.input_ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-            for a, b in runs(row.trained)
+            for a, b in runs_of(row.trained)
         )
     )
     if said != _squeezed("".join(rendered.text[a:b] for a, b in rendered.spans)):
@@ -197,7 +189,7 @@ def _squeezed(text: str) -> str:
 
 
 def _prompt_ids_agree(row: EncodedExample, rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> bool:
-    starts = [a for a, _ in runs(row.trained)]
+    starts = [a for a, _ in runs_of(row.trained)]
     prompt = rendered.prompts[-1]
     if not prompt or not starts:
         return False
