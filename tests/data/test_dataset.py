@@ -11,6 +11,7 @@ from luthier.data.dataset import prepare
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
 from luthier.recipe import Recipe
+from luthier.training.preflight.data_checks import check_data
 
 
 def rows(topic, count, first=0):
@@ -35,7 +36,8 @@ def recipe(**data):
 
 def adds_up(dataset):
     for part in dataset.parts:
-        assert part.rows_in + part.repeated + part.augmented == len(part.examples) + len(part.rejects) + part.set_aside
+        refused = len(part.rejects) + len(part.sifted)
+        assert part.rows_in + part.repeated + part.augmented == len(part.examples) + refused + part.set_aside
         assert {row.index for row in part.encoded} == set(range(len(part.examples)))
         for row in part.encoded:
             assert row.source == part.examples[row.index].source
@@ -123,3 +125,19 @@ def test_a_function_of_the_users_beside_the_recipe(tokenizer, tmp_path, monkeypa
     monkeypatch.chdir("/")
     train = prepare(Recipe.load(tmp_path / "recipe.yaml"), tokenizer).train
     assert [e.output for e in train.examples] == ["ANSWER0 RIVER.", "ANSWER1 RIVER.", "ANSWER2 RIVER."]
+
+
+def test_rows_that_the_recipe_sifts_out_are_listed_and_no_loss(tokenizer, tmp_path):
+    lines = [*rows("river", 20), *rows("river", 20), {"prompt": "too short", "response": "x"}]
+    file = write(tmp_path / "rows.jsonl", lines)
+    sifting = {"deduplicate": "exact", "clean": [{"filter_length": {"min": 2, "on": "answer"}}]}
+    settings = recipe(train=file, on_error="raise", **sifting)
+    dataset = adds_up(prepare(settings, tokenizer))
+    assert Counter(r.reason for r in dataset.rejects) == {"duplicate": 20, "too_short": 1}
+    assert dataset.train.summary()["refused"] == 21 and not dataset.train.rejects
+    findings = {f.code: f for f in check_data(settings, dataset)}
+    assert "rows_lost" not in findings and findings["rows_sifted"].count == 21
+    # Rows that cannot be read still count, in the same share of all.
+    lost = recipe(train=write(tmp_path / "lost.jsonl", [*lines, {"prompt": "q"}, {"prompt": "r"}]), **sifting)
+    findings = {f.code: f for f in check_data(lost, adds_up(prepare(lost, tokenizer)))}
+    assert (findings["rows_lost"].severity, findings["rows_lost"].count) == ("error", 2)

@@ -37,13 +37,16 @@ class Part:
     """The training, validation or test rows.
 
     Of the rows met, and those made, each is kept, refused or set aside:
-    ``rows_in + repeated + augmented == len(examples) + len(rejects) + set_aside``.
+    ``rows_in + repeated + augmented == len(examples) + len(rejects) + len(sifted) + set_aside``.
     """
 
     name: str
     examples: Sequence[TrainingExample] = ()
     encoded: Sequence[EncodedExample] = ()
     rejects: list[Reject] = field(default_factory=list)
+    sifted: list[Reject] = field(default_factory=list)
+    """Refused because the recipe asks for it: copies, rows of benchmarks, what filters find. Listed with the others,
+    and no loss that a run is stopped for."""
     rows_in: int = 0
     repeated: int = 0
     """Further times that rows are taken, for their source's weight."""
@@ -60,11 +63,6 @@ class Part:
     def trained_tokens(self) -> int:
         return trained_of(self.encoded)
 
-    def refuse(self, kept: np.ndarray, rejects: list[Reject]) -> None:
-        """Keep some examples of those there are."""
-        self.examples = Chosen(self.examples, kept)
-        self.rejects += rejects
-
     def summary(self) -> dict[str, Any]:
         """Counts for the manifest."""
         return {
@@ -72,8 +70,8 @@ class Part:
             "repeated": self.repeated,
             "augmented": self.augmented,
             "kept": len(self.examples),
-            "refused": len(self.rejects),
-            "refused_by_reason": dict(Counter(r.reason for r in self.rejects)),
+            "refused": len(self.rejects) + len(self.sifted),
+            "refused_by_reason": dict(Counter(r.reason for r in [*self.rejects, *self.sifted])),
             "set_aside": self.set_aside,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
@@ -98,7 +96,7 @@ class Dataset:
 
     @property
     def rejects(self) -> list[Reject]:
-        return [reject for part in self.parts for reject in part.rejects]
+        return [reject for part in self.parts for reject in [*part.rejects, *part.sifted]]
 
 
 def prepare(
@@ -200,7 +198,8 @@ def _take(part: Part, rows: Iterable[TrainingExample | Reject], recipe: Recipe) 
     store = part.examples if isinstance(part.examples, ExampleStore) else ExampleStore()
     for row in rows:
         if isinstance(row, Reject):
-            part.rejects.append(row)
+            # A filter does what it is there for; a cleaner that leaves nothing of a text does not.
+            (part.rejects if row.reason == "emptied" else part.sifted).append(row)
         else:
             store.append(row)
         _stop_at_reject(part, recipe)
@@ -225,12 +224,12 @@ def _sieve(recipe: Recipe, train: Part, notes: list[str]) -> np.ndarray:
                 if isinstance(row, TrainingExample):
                     benchmark.append(row)
         kept, rejects = decontaminated(train.examples, benchmark, data.near_threshold)
-        train.refuse(kept, rejects)
+        train.examples, train.sifted = Chosen(train.examples, kept), train.sifted + rejects
         stay = stay[kept]
         notes.append(f"{len(rejects):,} training rows hold a row of data.benchmarks and are refused")
     if data.deduplicate != "none":
         kept, rejects = deduplicated(train.examples, data.deduplicate, data.near_threshold)
-        train.refuse(kept, rejects)
+        train.examples, train.sifted = Chosen(train.examples, kept), train.sifted + rejects
         stay = stay[kept]
         notes.append(f"{len(rejects):,} training rows repeat an earlier one and are refused ({data.deduplicate})")
     return stay
@@ -305,11 +304,11 @@ def _augment(recipe: Recipe, train: Part, notes: list[str], local: Callable[[str
 
 def _encode(part: Part, encoder: Encoder, recipe: Recipe) -> None:
     rows = encode_rows(encoder, part.examples, cache=recipe.data.cache, processes=recipe.data.num_proc)
-    part.refuse(rows.kept, rows.rejects)
+    part.examples, part.rejects = Chosen(part.examples, rows.kept), part.rejects + rows.rejects
     _stop_at_reject(part, recipe)
     part.encoded = rows
     made = part.rows_in + part.repeated + part.augmented
-    assert made == len(part.examples) + len(part.rejects) + part.set_aside, part.name
+    assert made == len(part.examples) + len(part.rejects) + len(part.sifted) + part.set_aside, part.name
 
 
 def _few(names: Sequence[str]) -> str:

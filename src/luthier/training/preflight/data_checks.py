@@ -52,6 +52,17 @@ def check_data(recipe: Recipe, dataset: Dataset) -> list[Finding]:
 def _rows_lost(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
     train = dataset.train
     for part in dataset.parts:
+        if part.sifted:
+            counts = Counter(r.reason for r in part.sifted).most_common()
+            yield Finding(
+                "rows_sifted",
+                "info",
+                f"{part.name}: {len(part.sifted):,} of {part.rows_in:,} rows are taken out as the recipe asks: "
+                + ", ".join(f"{reason} {n:,}" for reason, n in counts),
+                "look at them in rejects.jsonl, once",
+                len(part.sifted),
+                tuple(f"{r.file}:{r.line}" for r in part.sifted[:5]),
+            )
         if not part.rejects:
             continue
         share = len(part.rejects) / max(part.rows_in, 1)
@@ -71,8 +82,10 @@ def _rows_lost(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
         yield Finding(
             "no_rows",
             "error",
-            f"no row is left to train on ({train.rows_in:,} read, {len(train.rejects):,} refused)",
-            "see rejects.jsonl for each row's reason" if train.rejects else "the training files hold no row",
+            f"no row is left to train on ({train.rows_in:,} read, {len(train.rejects) + len(train.sifted):,} refused)",
+            "see rejects.jsonl for each row's reason"
+            if train.rejects or train.sifted
+            else "the training files hold no row",
         )
     elif not train.trained_tokens:
         yield Finding("no_trained_token", "error", "no token of any row is trained", "give the rows answers")
