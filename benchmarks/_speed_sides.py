@@ -170,9 +170,9 @@ def _draws_the_initial_adapter(settings: Settings) -> bool:
     import torch
     from safetensors.torch import load_file
 
+    from luthier.method_options import LoraMethod
     from luthier.methods import get_method
     from luthier.models.loading import load_model
-    from luthier.recipe import LoraMethod
 
     model = load_model(settings["folder"], dtype=getattr(torch, settings["dtype"]))
     options = LoraMethod(r=settings["r"], lora_alpha=settings["alpha"], lora_dropout=settings["dropout"])

@@ -19,10 +19,10 @@ import torch
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
+from luthier.method_options import FullMethod, LoraMethod
 from luthier.methods import get_method
 from luthier.methods.base import trainable_parameters
 from luthier.models.loading import load_model, load_tokenizer
-from luthier.recipe import FullMethod, LoraMethod
 from luthier.training.loss import LossFunction
 from luthier.training.optimiser import MasterAdamW, learning_rate_factor
 

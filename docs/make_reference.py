@@ -16,8 +16,10 @@ SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
     ("data.clean and data.augment", recipe.Step, "Each step: a name, `{name: {option: value}}`, or these keys."),
     ("data.columns", recipe.Columns, "Which column holds what. A source may have its own `columns`."),
     ("data.split", recipe.Split, "Shares taken from the training file for parts without a file."),
-    ("method (lora)", recipe.LoraMethod, "`method: {name: lora, …}`"),
-    ("method (full)", recipe.FullMethod, "`method: {name: full}`"),
+    *[
+        (f"method ({kind.model_fields['name'].default})", kind, (kind.__doc__ or "").strip())
+        for kind in get_args(get_args(recipe.Method)[0])
+    ],
     ("training", recipe.TrainingSection, "The training loop, with Hugging Face's names."),
     ("evaluation", recipe.EvaluationSection, "The comparison of base and tuned after training."),
     ("deployment", recipe.DeploymentSection, "What is made of the tuned model."),

@@ -24,7 +24,7 @@ from luthier.deployment.merge import merge_model
 from luthier.deployment.parity import ParityReport, check_parity, require
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare, render_comparison
-from luthier.methods.saved import load_saved, write_fingerprint
+from luthier.methods.saved import load_saved, write_record
 from luthier.models.loading import load_model, without_bars
 from luthier.preparation import Prepared, prepare_run
 from luthier.recipe import Recipe
@@ -208,10 +208,17 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
     _remove(aside)
     try:
         with writing(target), without_bars():
-            ready.model.save_pretrained(aside)  # type: ignore[operator]
+            ready.method.save(ready.model, aside)
             ready.tokenizer.save_pretrained(aside)
             if ready.method.adapter:
-                write_fingerprint(aside, ready.base, ready.base_name)
+                write_record(
+                    aside,
+                    ready.base,
+                    ready.base_name,
+                    base_fingerprint=ready.base_fingerprint,
+                    method=ready.method,
+                    recipe=ready.recipe,
+                )
         reloaded = load_saved(aside, dtype=next(ready.model.parameters()).dtype)
         parity = check_parity(
             ready.model,
@@ -220,7 +227,7 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
             parity_prompts(ready.dataset, ready.tokenizer),
             candidate_tokenizer=reloaded.tokenizer,
             name="saved and reloaded",
-            exact=True,
+            exact=ready.method.exact,
         )
         require(parity)
         _remove(target)
@@ -232,10 +239,6 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
 
 def merge_run(ready: Prepared, folder: RunFolder) -> ParityReport:
     """Merge the trained adapter into the base, behind the parity gate, into ``merged/``."""
-    if not ready.method.merges:
-        raise UserError(
-            f"method {ready.method.name} has nothing to merge", where="deployment.merge", remedy="set it to false"
-        )
     return merge_model(
         ready.model,
         ready.tokenizer,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.data.dataset import Dataset, prepare
-from luthier.data.examples import TrainingExample
+from luthier.data.examples import TaskType, TrainingExample
 from luthier.errors import UserError
 from luthier.evaluation.answering import local_answerer
 from luthier.methods import get_method
@@ -85,10 +85,10 @@ class Prepared:
             return self
         spec = self.recipe.model
         self.shards = None
-        base = load_model(spec.name, revision=spec.revision, dtype=training_dtype(spec.dtype, self.accelerator.device))
+        base = _base(self.recipe, self.method, self.accelerator.device)
         new_tokens = add_tokens(base, load_tokenizer(spec.name, revision=spec.revision), spec.added_tokens)
         set_stop_tokens(base, self.tokenizer)
-        model = self.method.wrap(base, self.recipe.method, new_tokens)
+        model = self.method.wrap(base, self.recipe.method, new_tokens, TaskType(self.recipe.task))
         with torch.no_grad():
             for name, parameter in trainable_parameters(model).items():
                 parameter.copy_(trained[name])
@@ -104,9 +104,10 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     processes = Processes.join()
     accelerator = make_accelerator(recipe.training.report_to, Path(recipe.output_dir))
     method = get_method(recipe.method.name)
+    method.check(recipe)
     spec = recipe.model
     tokenizer = load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template)
-    base = load_model(spec.name, revision=spec.revision, dtype=training_dtype(spec.dtype, accelerator.device))
+    base = _base(recipe, method, accelerator.device)
     new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
     added = set_stop_tokens(base, tokenizer)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -115,7 +116,7 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
         dataset = prepare(recipe, tokenizer, context=context, given=given, local=local_answerer)
     base_print = fingerprint(base)
     torch.manual_seed(recipe.seed)
-    model = method.wrap(base, recipe.method, new_tokens)
+    model = method.wrap(base, recipe.method, new_tokens, TaskType(recipe.task))
     shards: Shards | Zero | None = None
     if deepspeed_asked_for():
         settings = recipe.training
@@ -155,4 +156,15 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
         accelerator,
         processes,
         shards,
+    )
+
+
+def _base(recipe: Recipe, method: TuningMethod, device: torch.device) -> PreTrainedModel:
+    """The untouched model, in the precision that it is trained in."""
+    spec = recipe.model
+    return load_model(
+        spec.name,
+        revision=spec.revision,
+        dtype=training_dtype(spec.dtype, device),
+        quantization=method.quantization(recipe.method),
     )

@@ -9,19 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from rapidfuzz import process
 
 from luthier.errors import UserError, shorten
-
-
-class Section(BaseModel):
-    """A group of recipe fields; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+from luthier.method_options import LoraMethod, Method
+from luthier.section import Section
 
 
 class ModelSection(Section):
@@ -202,31 +198,6 @@ class DataSection(Section):
     _listed = field_validator("train", "validation", "test", "benchmarks", "clean", "augment", mode="before")(_as_list)
 
 
-class FullMethod(Section):
-    name: Literal["full"] = "full"
-    """Trains every parameter."""
-
-
-class LoraMethod(Section):
-    name: Literal["lora"] = "lora"
-    """Trains low-rank matrices beside frozen weights (Hu et al., 2021, arXiv:2106.09685)."""
-    r: int = Field(8, ge=1)
-    """Rank of the matrices."""
-    lora_alpha: float = Field(32, gt=0)
-    """Scale: the update is (lora_alpha / r) · B·A."""
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-    """Dropout on the input of the low-rank path."""
-    target_modules: str | list[str] = "all-linear"
-    """Which layers get matrices: all-linear (all but the output head) or a list of names."""
-    modules_to_save: list[str] = Field(default_factory=list)
-    """Layers trained and saved whole beside the matrices, for example embed_tokens."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
-
-
-Method = Annotated[Union[LoraMethod, FullMethod], Field(discriminator="name")]  # noqa: UP007
-
-
 class TrainingSection(Section):
     num_train_epochs: float = Field(3.0, gt=0)
     """Passes over the training rows."""
@@ -305,6 +276,10 @@ class DeploymentSection(Section):
 class Recipe(Section):
     """Everything a run needs."""
 
+    task: Literal["causal_lm", "instruction", "classification", "masked_lm", "seq_to_seq"] = "causal_lm"
+    """What the model learns: to go on with texts and to answer; to answer alone (every row must have an answer); to
+    name a text's class or classes; to fill in hidden words; to turn one text into another with an encoder and a
+    decoder."""
     model: ModelSection = Field(default_factory=ModelSection)
     """The model to tune."""
     data: DataSection = Field(default_factory=DataSection)

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
-from luthier.recipe import DataSection, FullMethod, LoraMethod, ModelSection, Recipe, Section, TrainingSection
+from luthier.method_options import FullMethod, LoraMethod
+from luthier.recipe import DataSection, ModelSection, Recipe, TrainingSection
+from luthier.section import Section
 
 if TYPE_CHECKING:
     from luthier.deployment.parity import ParityReport

@@ -12,10 +12,10 @@ from luthier.data.render import prompt_text
 from luthier.deployment.merge import merge_adapter, merge_model
 from luthier.deployment.parity import check_parity, render_parity, require
 from luthier.errors import UserError
+from luthier.method_options import LoraMethod
 from luthier.methods import get_method
-from luthier.methods.saved import fingerprint, load_saved, write_fingerprint
+from luthier.methods.saved import fingerprint, load_saved, write_record
 from luthier.models.loading import add_tokens, load_model, load_tokenizer, set_stop_tokens
-from luthier.recipe import LoraMethod
 
 QUESTIONS = ("What is the capital of France?", "写一首关于秋天的诗。", "def fib(n): what does it do?", "3 + 4 = ?")
 
@@ -44,7 +44,7 @@ def prompts(tokenizer):
 def save(model, tokenizer, folder, name):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_fingerprint(folder, model, str(name))
+    write_record(folder, model, str(name))
     return folder
 
 

@@ -14,9 +14,9 @@ from luthier.data.batch import pack
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
+from luthier.method_options import LoraMethod
 from luthier.methods import get_method
 from luthier.models.loading import load_model
-from luthier.recipe import LoraMethod
 from luthier.training.fused import kernels, reference
 from luthier.training.loss import LossFunction
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from luthier.data.examples import TaskType
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from luthier.models.quantized import Quantization
+    from luthier.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -27,28 +32,127 @@ class Advice:
     rank: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
 class TuningMethod:
-    """A way to tune a model.
+    """A way to tune a model. One file holds one; what most have in common is here: PEFT's own saving and loading.
 
     Attributes:
         name: the name in the recipe.
-        wrap: makes the model trainable in this way: ``(model, options, new_token_ids) -> model``; exactly the
-            parameters it trains require gradients afterwards.
+        trains: what it trains, in a few words.
         adapter: True where a small adapter is saved beside an untouched base; False where the whole model is.
         merges: True where the adapter can become part of the base's weights.
+        exact: True where the saved adapter, loaded again, gives the trained model's logits bit for bit; False where
+            it does within the rounding of the weights.
         learning_rate: default peak learning rate.
         weight_decay: default weight decay.
         advice: ranges that usually work.
+        tasks: what a model can learn in this way.
     """
 
-    name: str
-    wrap: Callable[[PreTrainedModel, Any, list[int]], torch.nn.Module]
-    adapter: bool
-    merges: bool
-    learning_rate: float
-    weight_decay: float
-    advice: Advice
+    name: ClassVar[str]
+    trains: ClassVar[str]
+    adapter: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+    learning_rate: ClassVar[float]
+    weight_decay: ClassVar[float] = 0.0
+    advice: ClassVar[Advice]
+    tasks: ClassVar[frozenset[TaskType]] = frozenset(TaskType)
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what this method cannot do, before anything is loaded.
+
+        Raises:
+            UserError: the recipe asks for it; the message says what to use instead.
+        """
+        if TaskType(recipe.task) not in self.tasks:
+            known = [name for name, method in METHODS.items() if TaskType(recipe.task) in method.tasks]
+            raise UserError(
+                f"method {self.name} does not tune for the task {recipe.task}",
+                where="method.name",
+                remedy=f"use one of {', '.join(known)}",
+            )
+        if recipe.deployment.merge and not self.merges:
+            raise UserError(
+                f"method {self.name} has nothing to merge: {self.trains}",
+                where="deployment.merge",
+                remedy="set it to false and load the adapter beside its base, or use method.name=lora",
+            )
+
+    def quantization(self, options: Any) -> Quantization | None:
+        """How the base's weights are held in memory; None: as they are."""
+        return None
+
+    def wrap(
+        self, model: PreTrainedModel, options: Any, new_token_ids: list[int], task: TaskType = TaskType.CAUSAL_LM
+    ) -> torch.nn.Module:
+        """Make the model trainable in this way: exactly the parameters it trains require gradients afterwards.
+
+        Args:
+            model: the base, on the CPU; changed in place.
+            options: this method's section of the recipe.
+            new_token_ids: tokens that were added to the vocabulary, whose embeddings are to be trained.
+            task: what the model learns.
+
+        Raises:
+            UserError: the method does not fit this model.
+        """
+        raise NotImplementedError
+
+    def rates(self, model: torch.nn.Module, options: Any) -> dict[str, float]:
+        """Factors of the learning rate by parameter name, for those that do not learn at the recipe's own."""
+        return {}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write what was trained into a folder that :meth:`load` takes, in the form that other tools load."""
+        model.save_pretrained(folder)
+
+    def load(self, base: PreTrainedModel, folder: Path) -> torch.nn.Module:
+        """A saved adapter on its base.
+
+        Raises:
+            RuntimeError, ValueError, KeyError, OSError: it does not fit.
+        """
+        from peft import PeftModel
+
+        with peft_warnings_apart():
+            return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+
+
+# PEFT's names of what a model learns.
+_PEFT_TASKS = {
+    TaskType.CAUSAL_LM: "CAUSAL_LM",
+    TaskType.INSTRUCTION: "CAUSAL_LM",
+    TaskType.CLASSIFICATION: "SEQ_CLS",
+    TaskType.SEQ_TO_SEQ: "SEQ_2_SEQ_LM",
+    # PEFT has no name for it, and wraps the model without one as it does for feature extraction.
+    TaskType.MASKED_LM: None,
+}
+
+
+def peft_task(task: TaskType) -> str | None:
+    """The ``task_type`` of a PEFT configuration."""
+    return _PEFT_TASKS[task]
+
+
+def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str) -> torch.nn.Module:
+    """The model in PEFT's wrapper.
+
+    Raises:
+        UserError: the configuration does not fit the model.
+    """
+    from peft import get_peft_model
+
+    try:
+        # What is added takes the weights' dtype: a bfloat16 product beside a bfloat16 product costs no casts. The
+        # optimiser keeps it in float32 (training.optimiser), where small updates survive.
+        with peft_warnings_apart():
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(
+            f"{method} does not fit this model: {str(error).splitlines()[0]}",
+            where="method.target_modules",
+            remedy="use all-linear, or the names of linear layers of this model",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -62,9 +166,9 @@ def peft_warnings_apart() -> Iterator[None]:
 METHODS: dict[str, TuningMethod] = {}
 
 
-def register(method: TuningMethod) -> TuningMethod:
+def register(method: type[TuningMethod]) -> type[TuningMethod]:
     """Make a method known under its name."""
-    METHODS[method.name] = method
+    METHODS[method.name] = method()
     return method
 
 

@@ -7,30 +7,32 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.data.advice import FULL_IS_BETTER_FROM, rows_for
+from luthier.data.examples import TaskType
+from luthier.method_options import FullMethod
 from luthier.methods.base import Advice, TuningMethod, register
-from luthier.recipe import FullMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _wrap(model: PreTrainedModel, options: FullMethod, new_token_ids: list[int]) -> torch.nn.Module:
-    model.requires_grad_(True)
-    return model
+@register
+class Full(TuningMethod):
+    """Every parameter of the model."""
 
-
-FULL = register(
-    TuningMethod(
-        name="full",
-        wrap=_wrap,
-        adapter=False,
-        merges=False,
-        learning_rate=2e-5,
-        weight_decay=0.01,
-        advice=Advice(
-            learning_rate=(1e-5, 5e-5),
-            epochs=(1, 3),
-            examples=(rows_for("full", "full tuning")[0], FULL_IS_BETTER_FROM),
-        ),
+    name = "full"
+    trains = "it trains the whole model"
+    adapter = False
+    learning_rate = 2e-5
+    weight_decay = 0.01
+    advice = Advice(
+        learning_rate=(1e-5, 5e-5),
+        epochs=(1, 3),
+        examples=(rows_for("full", "full tuning")[0], FULL_IS_BETTER_FROM),
     )
-)
+
+    def wrap(
+        self, model: PreTrainedModel, options: FullMethod, new_token_ids: list[int], task: TaskType = TaskType.CAUSAL_LM
+    ) -> torch.nn.Module:
+        """See :meth:`TuningMethod.wrap`."""
+        model.requires_grad_(True)
+        return model

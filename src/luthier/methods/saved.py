@@ -6,19 +6,22 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from luthier.errors import UserError
-from luthier.methods.base import peft_warnings_apart
+from luthier.methods.base import METHODS, TuningMethod
 from luthier.models.catalogue import CATALOGUE
 from luthier.models.loading import load_model, load_tokenizer
+from luthier.models.quantized import Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from luthier.recipe import Recipe
 
 BASE_RECORD = "luthier_base.json"
 
@@ -34,6 +37,8 @@ class SavedModel:
     """``adapter`` or ``model``"""
     base_name: str | None
     """The base, by the name that loads it; None where the folder does not say."""
+    method: TuningMethod | None = None
+    """How an adapter was made; None for a whole model."""
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[Any]:
@@ -90,8 +95,6 @@ def _base_of_run(folder: Path) -> str | None:
 
 
 def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
-    from peft import PeftModel
-
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -104,7 +107,9 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
     name = str(recorded if recorded in CATALOGUE else config.get("base_model_name_or_path") or recorded or "")
     if not name:
         raise UserError("the adapter does not name its base", where=str(folder), remedy="set base_model_name_or_path")
-    base = load_model(name, dtype=dtype)
+    method = METHODS.get(str(record.get("method")), METHODS["lora"])
+    quantized = record.get("quantization")
+    base = load_model(name, dtype=dtype, quantization=Quantization(**quantized) if quantized else None)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(name)
     rows = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if record.get("rows", rows) > rows:
@@ -118,14 +123,13 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
             remedy="load the base it was trained on",
         )
     try:
-        with peft_warnings_apart():
-            model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+        model: Any = method.load(base, folder)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"the adapter does not fit its base {name!r}: {first}", where=str(folder), remedy="check both folders"
         ) from None
-    return SavedModel(model.eval(), tokenizer, "adapter", name)
+    return SavedModel(model.eval(), tokenizer, "adapter", name, method)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -158,14 +162,33 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def write_fingerprint(adapter_dir: Path, base: Any, name: str) -> None:
-    """Write which base an adapter belongs to, as ``luthier_base.json`` beside it.
+def write_record(
+    adapter_dir: Path,
+    base: Any,
+    name: str,
+    *,
+    base_fingerprint: str | None = None,
+    method: TuningMethod | None = None,
+    recipe: Recipe | None = None,
+) -> None:
+    """Write what an adapter belongs to and how it was made, as ``luthier_base.json`` beside it.
 
     Args:
         adapter_dir: the adapter's folder.
         base: the base, or the PEFT model around it.
         name: the name that loads the base.
+        base_fingerprint: of the base as it was before anything was added to it; None: it is computed.
+        method: the method; None: LoRA.
+        recipe: the run's recipe; None: a causal language model, as it is stored.
     """
-    rows = int(base.get_input_embeddings().weight.shape[0])
-    record = {"base": name, "fingerprint": fingerprint(base), "rows": rows}
+    record: dict[str, Any] = {
+        "base": name,
+        "fingerprint": fingerprint(base) if base_fingerprint is None else base_fingerprint,
+        "rows": int(base.get_input_embeddings().weight.shape[0]),
+        "method": (method or METHODS["lora"]).name,
+    }
+    if recipe is not None and method is not None:
+        record["task"] = recipe.task
+        if (quantization := method.quantization(recipe.method)) is not None:
+            record["quantization"] = asdict(quantization)
     (adapter_dir / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -17,6 +17,8 @@ from luthier.models.catalogue import CATALOGUE, embedded_model_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from luthier.models.quantized import Quantization
+
 
 def resolve_model(name: str | Path) -> str:
     """The folder, GGUF file or hub id that stands behind a model's name.
@@ -95,18 +97,28 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_model(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
     """A causal language model, in eval mode.
 
     Args:
         name: embedded name, folder, GGUF file or hub id.
         dtype: precision of the weights; None: as stored.
         revision: branch, tag or commit of a hub model.
+        quantization: how its linear layers' weights are held; None: as they are.
 
     Raises:
         UserError: nothing is found under that name, or its files are incomplete.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
+
+    if quantization is not None:
+        raise UserError("quantised bases cannot be loaded yet", where="method.name", remedy="use method.name=lora")
 
     place, options = _place(resolve_model(name), revision)
     if "gguf_file" in options:

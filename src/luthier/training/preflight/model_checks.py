@@ -15,8 +15,9 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
-from luthier.methods.base import TuningMethod, parameter_counts
-from luthier.recipe import LoraMethod, Recipe
+from luthier.method_options import LoraMethod
+from luthier.methods.base import TuningMethod, get_method, parameter_counts
+from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
@@ -72,7 +73,7 @@ def predict(
         kept += _kept_a_layer(recipe, model, loss_function, False)
     checkpoint = trained * 12
     copied = checkpoint if checkpoint <= COPIED else 0
-    saved = every * size if not isinstance(recipe.method, LoraMethod) else trained * size
+    saved = (trained if get_method(recipe.method.name).adapter else every) * size
     merged = every * size if recipe.deployment.merge else 0
     return Needs(
         weights=every * size,
