@@ -14,6 +14,7 @@ from luthier.deployment.merge import merge_adapter
 from luthier.deployment.parity import ParityReport
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison
+from luthier.methods import get_method
 from luthier.methods.saved import load_saved
 from luthier.models.loading import load_model, load_tokenizer
 from luthier.pipeline import compare_on_rows, parity_prompts
@@ -76,6 +77,13 @@ def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, 
             remedy=f"use {folder.saved} as it is",
         )
     recipe = Recipe.load(folder.path / "recipe.yaml")
+    method = get_method(recipe.method.name)
+    if not method.merges:
+        raise UserError(
+            f"method {method.name} cannot be merged: it trains {method.trains}",
+            where=str(run_dir),
+            remedy=f"load the adapter in {folder.saved} beside its base, or train with method.name=lora",
+        )
     prompts = None
     if recipe.data.train or recipe.data.test:
         tokenizer = load_tokenizer(folder.saved)

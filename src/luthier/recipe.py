@@ -423,7 +423,8 @@ def _scalar(text: str) -> Any:
     try:
         return float(text) if "e" in text.lower() and not text.isalpha() else yaml.safe_load(text)
     except ValueError:
-        return text if ":" in text else yaml.safe_load(text)
+        # A colon makes no mapping here ("FILE.py:FUNCTION"), but braces and brackets do.
+        return text if ":" in text and text[0] not in "{[" else yaml.safe_load(text)
     except yaml.YAMLError:
         return text
 

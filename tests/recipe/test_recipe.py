@@ -73,6 +73,15 @@ def test_overrides_without_a_value_or_through_a_value():
         apply_overrides({"seed": 3}, ["seed.deep=1"])
 
 
+def test_an_override_may_be_a_whole_section(tmp_path):
+    path = write(tmp_path, "method: {name: lora, r: 4}\n")
+    method = Recipe.load(path, ["method={name: full}"]).method
+    assert method.model_dump() == {"name": "full"}
+    recipe = Recipe.load(path, ["data.train=[a.jsonl, e.jsonl]", "data.clean=FILE.py:some_function"])
+    assert [Path(source.path).name for source in recipe.data.train] == ["a.jsonl", "e.jsonl"]
+    assert recipe.data.clean[0].name.endswith("FILE.py:some_function")
+
+
 def test_paths_start_at_the_recipe_and_overrides_at_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine.jsonl").write_text("{}")
@@ -87,10 +96,10 @@ def test_every_key_has_a_description():
         for name, field in section.model_fields.items():
             assert field.description, f"{prefix}{name} has no description"
 
-    from luthier import recipe as module
+    from luthier import method_options, recipe
 
-    for section in vars(module).values():
-        if isinstance(section, type) and issubclass(section, module.Section):
+    for section in (*vars(recipe).values(), *vars(method_options).values()):
+        if isinstance(section, type) and issubclass(section, recipe.Section):
             walk(section)
     assert {"training.learning_rate", "method.r", "data.columns.prompt"} <= set(known_keys())
 

@@ -73,7 +73,7 @@ class TuningMethod:
             )
         if recipe.deployment.merge and not self.merges:
             raise UserError(
-                f"method {self.name} has nothing to merge: {self.trains}",
+                f"method {self.name} cannot be merged: it trains {self.trains}",
                 where="deployment.merge",
                 remedy="set it to false and load the adapter beside its base, or use method.name=lora",
             )

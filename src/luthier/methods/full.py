@@ -20,7 +20,7 @@ class Full(TuningMethod):
     """Every parameter of the model."""
 
     name = "full"
-    trains = "it trains the whole model"
+    trains = "the whole model"
     adapter = False
     learning_rate = 2e-5
     weight_decay = 0.01

@@ -55,6 +55,7 @@ def preflight(
     trained, every = parameter_counts(model)
     facts: dict[str, object] = {
         "rows": {part.name: part.summary() for part in dataset.parts},
+        "method": {"name": method.name, "trains": method.trains, "merges": method.merges},
         "parameters": {"trained": trained, "all": every},
         "packed": loss_function.packed,
         "fused": loss_function.fused is not None,

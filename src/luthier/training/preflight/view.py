@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -14,14 +16,14 @@ _MARKS = {"error": ("✗ error", "bold red"), "warning": ("! warning", "yellow")
 
 
 def render_preflight(report: Preflight) -> Group:
-    """The findings as a table, under the counts of rows and tokens."""
+    """The findings as a table, under what is trained and the counts of rows and tokens."""
     counts = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("rows", "read", "kept", "refused", "set aside", "tokens", "trained tokens"):
         counts.add_column(column, justify="left" if column == "rows" else "right")
     for name, part in report.facts["rows"].items():
         keys = ("rows_in", "kept", "refused", "set_aside", "tokens", "trained_tokens")
         counts.add_row(name, *(f"{part[key]:,}" for key in keys))
-    lines: list[Text | Table] = [counts]
+    lines: list[Text | Table] = [Text(_trained(report.facts)), counts]
     if report.findings:
         table = Table(show_lines=True, expand=True)
         table.add_column("", width=9)
@@ -46,6 +48,17 @@ def render_preflight(report: Preflight) -> Group:
         verdict.append("passed", style="green")
     verdict.append(f"  ({report.seconds:.1f} s)", style="dim")
     return Group(*lines, verdict)
+
+
+def _trained(facts: dict[str, Any]) -> str:
+    """What the method trains, its share of the parameters, and what that needs beside the loaded weights."""
+    method, counts = facts["method"], facts["parameters"]
+    share = counts["trained"] / max(counts["all"], 1)
+    text = f"{method['name']}: {method['trains']}; {counts['trained']:,} of {counts['all']:,} parameters ({share:.2%})"
+    if needs := facts.get("predicted_bytes"):
+        weights, work = needs["weights"], needs["optimiser"] + needs["activations"]
+        text += f"; about {weights / 1e9:.1f} GB of weights and {work / 1e9:.1f} GB to train them"
+    return text + ("; can be merged into the base" if method["merges"] else "")
 
 
 def render_rows(dataset: Dataset, count: int = 3) -> Group:
