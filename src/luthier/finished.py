@@ -71,19 +71,8 @@ def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, 
         UserError: the folder holds no finished run with an adapter, or the merged model answers otherwise.
     """
     folder = RunFolder.of(run_dir)
-    if folder.saved.name != "adapter":
-        raise UserError(
-            f"the run in {str(run_dir)!r} tuned the whole model: there is nothing to merge",
-            remedy=f"use {folder.saved} as it is",
-        )
     recipe = Recipe.load(folder.path / "recipe.yaml")
-    method = get_method(recipe.method.name)
-    if not method.merges:
-        raise UserError(
-            f"method {method.name} cannot be merged: it trains {method.trains}",
-            where=str(run_dir),
-            remedy=f"load the adapter in {folder.saved} beside its base, or train with method.name=lora",
-        )
+    get_method(recipe.method.name).require_merging()
     prompts = None
     if recipe.data.train or recipe.data.test:
         tokenizer = load_tokenizer(folder.saved)

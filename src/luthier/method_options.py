@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal, Union, get_args
 
 from pydantic import Field
 
+from luthier.errors import UserError
 from luthier.section import Section
 
 
@@ -36,3 +37,15 @@ class LoraMethod(Section):
 
 
 Method = Annotated[Union[LoraMethod, FullMethod], Field(discriminator="name")]  # noqa: UP007
+
+
+def options_of(name: str) -> type[Section]:
+    """The class of a method's options.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    kinds = {kind.model_fields["name"].default: kind for kind in get_args(get_args(Method)[0])}
+    if name not in kinds:
+        raise UserError(f"unknown method {name!r}", where="method.name", remedy=f"known: {', '.join(kinds)}")
+    return kinds[name]

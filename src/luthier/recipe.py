@@ -276,10 +276,9 @@ class DeploymentSection(Section):
 class Recipe(Section):
     """Everything a run needs."""
 
-    task: Literal["causal_lm", "instruction", "classification", "masked_lm", "seq_to_seq"] = "causal_lm"
-    """What the model learns: to go on with texts and to answer; to answer alone (every row must have an answer); to
-    name a text's class or classes; to fill in hidden words; to turn one text into another with an encoder and a
-    decoder."""
+    task: Literal["causal_lm", "instruction"] = "causal_lm"
+    """What the model learns: to answer, and to go on with texts that are no answers; or instructions, where every row
+    must have an answer."""
     model: ModelSection = Field(default_factory=ModelSection)
     """The model to tune."""
     data: DataSection = Field(default_factory=DataSection)

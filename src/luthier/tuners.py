@@ -11,7 +11,7 @@ from rich.console import Console
 
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
-from luthier.method_options import FullMethod, LoraMethod
+from luthier.method_options import FullMethod, LoraMethod, options_of
 from luthier.recipe import DataSection, ModelSection, Recipe, TrainingSection
 from luthier.section import Section
 
@@ -27,7 +27,8 @@ _NOT_ARGUMENTS = {"train", "validation", "test", "columns", "split", "name"}
 class _Tuner:
     """Common to all tuners. Use :class:`LoRATuner`, :class:`FullFineTuner` or :class:`InstructionTuner`."""
 
-    _method: ClassVar[type[Section]]
+    _method: type[Section]
+    _task: ClassVar[str] = "causal_lm"
 
     def __init__(self, model_name: str = "smollm2", **model_options: Any) -> None:
         unknown = set(model_options) - (set(ModelSection.model_fields) - {"name"})
@@ -102,6 +103,20 @@ class _Tuner:
         """The tokenizer, with the chat template that training used."""
         return self._trained().tokenizer
 
+    def merge_and_save(self, output_dir: str | Path) -> ParityReport:
+        """Merge what was trained into the base's weights and save a plain model with its tokenizer.
+
+        Raises:
+            UserError: nothing is trained yet, the method has nothing to merge, the folder is in use, or the merged
+                model does not answer as the tuned one does (the parity gate); nothing is left behind then.
+        """
+        from luthier.deployment.merge import merge_model
+        from luthier.methods import get_method
+
+        result = self._trained()
+        get_method(str(self._method.model_fields["name"].default)).require_merging()
+        return merge_model(result.model, result.tokenizer, Path(output_dir), prompts=result.parity_prompts)
+
     def _trained(self) -> RunResult:
         if self._result is None:
             raise UserError("this tuner has not trained yet", remedy="call train() first")
@@ -115,6 +130,7 @@ class _Tuner:
             "model": ModelSection,
         }
         content: dict[str, Any] = {
+            "task": self._task,
             "model": {"name": self.model_name, **self._model_options},
             "data": {},
             "method": {"name": self._method.model_fields["name"].default},
@@ -148,18 +164,6 @@ class LoRATuner(_Tuner):
 
     _method = LoraMethod
 
-    def merge_and_save(self, output_dir: str | Path) -> ParityReport:
-        """Merge the trained matrices into the weights and save a plain model with its tokenizer.
-
-        Raises:
-            UserError: nothing is trained yet, the folder is in use, or the merged model does not answer as the
-                tuned one does (the parity gate); nothing is left behind then.
-        """
-        from luthier.deployment.merge import merge_model
-
-        result = self._trained()
-        return merge_model(result.model, result.tokenizer, Path(output_dir), prompts=result.parity_prompts)
-
 
 class FullFineTuner(_Tuner):
     """Trains every parameter of the model; ``output_dir/model`` is a plain model folder.
@@ -172,8 +176,23 @@ class FullFineTuner(_Tuner):
     _method = FullMethod
 
 
-class InstructionTuner(FullFineTuner):
-    """Full fine-tuning on instructions: every row must have an answer, for only answers are trained."""
+class InstructionTuner(_Tuner):
+    """Tuning on instructions, in any way: every row must have an answer, for only answers are trained.
+
+    Args:
+        model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        method: the tuning method's name: full, lora or another; see docs/methods.md.
+        **model_options: other fields of the recipe's model section, for example ``dtype``.
+
+    Raises:
+        UserError: there is no such method.
+    """
+
+    _task = "instruction"
+
+    def __init__(self, model_name: str = "smollm2", method: str = "full", **model_options: Any) -> None:
+        super().__init__(model_name, **model_options)
+        self._method = options_of(method)
 
     def train(
         self, train_examples: Iterable[TrainingExample | Mapping[str, Any]], *args: Any, **kwargs: Any

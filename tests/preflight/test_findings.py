@@ -71,6 +71,20 @@ def test_lost_rows_are_counted_by_reason_and_placed(fresh_tokenizer, tmp_path):
     assert codes(check_data(allowed, prepare(allowed, fresh_tokenizer)))["rows_lost"] == "warning"
 
 
+def test_plain_text_among_instructions_is_found(fresh_tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"Say {i}.", "response": f"{i}"} for i in range(10)]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text('{"text": "It rains."}\n{"text": "It has rained."}\n', encoding="utf-8")
+    settings = recipe(train=[str(path), str(tmp_path / "text.jsonl")], split={"validation": 0, "test": 0})
+    dataset = prepare(settings, fresh_tokenizer)
+    assert "no_answer" not in codes(check_data(settings, dataset))
+    settings.task = "instruction"
+    found = {f.code: f for f in check_data(settings, dataset)}["no_answer"]
+    assert (found.severity, found.count) == ("error", 2)
+    assert found.rows == tuple(f"{tmp_path / 'text.jsonl'}:{line}" for line in (1, 2))
+
+
 def test_masked_answers_are_found(fresh_tokenizer):
     dataset = altered(prepare(recipe(), fresh_tokenizer, given={"train": rows(20)}))
     for row in dataset.train.encoded[:3]:

@@ -10,6 +10,7 @@ import torch
 from luthier import DataAugmentor, DatasetLoader, FineTuneEvaluator, FullFineTuner, InstructionTuner, LoRATuner
 from luthier.data.examples import TaskType, TrainingExample
 from luthier.errors import UserError
+from luthier.recipe import Recipe
 
 
 @pytest.fixture
@@ -83,7 +84,23 @@ def test_mistakes_in_arguments(tmp_path):
         LoRATuner().merge_and_save(tmp_path / "merged")
     with pytest.raises(UserError, match="no answer"):
         InstructionTuner().train([TrainingExample(input="plain text")], output_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="unknown method 'lorra'"):
+        InstructionTuner(method="lorra")
     assert not (tmp_path / "run").exists()
+
+
+def test_instructions_are_learnt_with_an_adapter(tiny_model_dir, tmp_path):
+    rows = [TrainingExample(input=f"say {i}", output=f"said {i}") for i in range(8)]
+    tuner = InstructionTuner(str(tiny_model_dir), method="lora")
+    result = tuner.train(rows, output_dir=tmp_path / "run", max_steps=1, lora_r=4, quiet=True)
+    assert result.saved.name == "adapter"
+    recipe = Recipe.load(tmp_path / "run" / "recipe.yaml")
+    assert (recipe.task, recipe.method.name, recipe.method.r) == ("instruction", "lora", 4)
+    tuner.merge_and_save(tmp_path / "merged")
+    full = FullFineTuner(str(tiny_model_dir))
+    full.train(rows, output_dir=tmp_path / "full", max_steps=1, quiet=True)
+    with pytest.raises(UserError, match="nothing to merge"):
+        full.merge_and_save(tmp_path / "full-merged")
 
 
 def test_full_tuning_from_python(tiny_model_dir, tmp_path):

@@ -71,11 +71,26 @@ class TuningMethod:
                 where="method.name",
                 remedy=f"use one of {', '.join(known)}",
             )
-        if recipe.deployment.merge and not self.merges:
+        if recipe.deployment.merge:
+            self.require_merging()
+
+    def require_merging(self) -> None:
+        """Refuse to merge what cannot become part of the base's weights.
+
+        Raises:
+            UserError: what this method trains cannot.
+        """
+        if not self.adapter:
+            raise UserError(
+                f"method {self.name} tunes the whole model: there is nothing to merge",
+                where="deployment.merge",
+                remedy="use the folder of the tuned model as it is",
+            )
+        if not self.merges:
             raise UserError(
                 f"method {self.name} cannot be merged: it trains {self.trains}",
                 where="deployment.merge",
-                remedy="set it to false and load the adapter beside its base, or use method.name=lora",
+                remedy="load the adapter beside its base, or train with method.name=lora",
             )
 
     def quantization(self, options: Any) -> Quantization | None:

@@ -29,6 +29,7 @@ def check_data(recipe: Recipe, dataset: Dataset) -> list[Finding]:
     """All findings about the rows."""
     findings = [
         *_rows_lost(recipe, dataset),
+        *(_unanswered(dataset) if recipe.task == "instruction" else ()),
         *_trained_text(dataset),
         *_opening(dataset),
         *_special_text(recipe, dataset),
@@ -89,6 +90,21 @@ def _rows_lost(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
         )
     elif not train.trained_tokens:
         yield Finding("no_trained_token", "error", "no token of any row is trained", "give the rows answers")
+
+
+def _unanswered(dataset: Dataset) -> Iterator[Finding]:
+    """Rows of plain text, which would be trained whole, where instructions are to be learnt."""
+    for part in (dataset.train, dataset.validation):
+        rows = [example.source for example in part.examples if example.is_plain_text]
+        if rows:
+            yield Finding(
+                "no_answer",
+                "error",
+                f"{part.name}: {len(rows):,} rows have no answer, so there is no instruction to follow",
+                "give them answers, or set task: causal_lm, which trains plain text whole",
+                len(rows),
+                places(rows),
+            )
 
 
 def _sample(part: Part) -> list[tuple[EncodedExample, TrainingExample]]:
