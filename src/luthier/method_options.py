@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Union, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.errors import UserError
 from luthier.section import Section
@@ -32,11 +32,41 @@ class LoraMethod(Section):
     """Which layers get matrices: all-linear (all but the output head) or a list of names."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Layers trained and saved whole beside the matrices, for example embed_tokens."""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the layers that get matrices, from 0; empty: all."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Other ranks for some layers, by a name's end or a regular expression of it: {o_proj: 4, layers.29.*: 16}."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Other lora_alpha for some layers, in the same way."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the length of each weight column apart from its direction (DoRA; Liu et al., 2024, arXiv:2402.09353):
+    better at low ranks, slower."""
+    loraplus_lr_ratio: float | None = Field(None, ge=1)
+    """How many times faster B learns than A (LoRA+; Hayou et al., 2024, arXiv:2402.12354): 2 to 16; empty: as fast."""
 
 
-Method = Annotated[Union[LoraMethod, FullMethod], Field(discriminator="name")]  # noqa: UP007
+class Ia3Method(Section):
+    """Learnt factors of keys, values and inner activations."""
+
+    name: Literal["ia3"] = "ia3"
+    """Trains vectors that scale keys, values and the MLP's inner values (Liu et al., 2022, arXiv:2205.05638)."""
+    target_modules: list[str] = Field(default_factory=list)
+    """Linear layers whose outputs, or inputs for those of feedforward_modules, are scaled; empty: the projections of
+    keys and values, and the last one of each MLP."""
+    feedforward_modules: list[str] = Field(default_factory=list)
+    """Those of target_modules whose inputs are scaled."""
+
+    @model_validator(mode="after")
+    def _feedforward_among_targets(self) -> Ia3Method:
+        odd = set(self.feedforward_modules) - set(self.target_modules)
+        if odd:
+            raise ValueError(f"feedforward_modules names {sorted(odd)[0]!r}, which target_modules does not")
+        return self
+
+
+Method = Annotated[Union[LoraMethod, FullMethod, Ia3Method], Field(discriminator="name")]  # noqa: UP007
 
 
 def options_of(name: str) -> type[Section]:

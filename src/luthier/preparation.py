@@ -126,6 +126,12 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
                 where="training.sharding",
                 remedy="set it to none, or leave DeepSpeed out of the Accelerate configuration",
             )
+        if method.rates(trainable_parameters(model), recipe.method):
+            raise UserError(
+                "DeepSpeed's optimiser would let all parameters learn equally fast",
+                where="method.loraplus_lr_ratio",
+                remedy="leave it empty, or use training.sharding=full in the place of DeepSpeed",
+            )
         shards = Zero(
             model,
             processes,

@@ -42,7 +42,7 @@ class Bench:
 
     model_dir: Path
 
-    def recipe(self, method: str = "lora", **training: Any) -> Recipe:
+    def recipe(self, method: str | dict[str, Any] = "lora", **training: Any) -> Recipe:
         seed = training.pop("seed", 7)
         settings = {"learning_rate": 1e-3, "report_to": [], "max_steps": 6, "per_device_train_batch_size": 4}
         return Recipe.from_dict({"method": method, "training": settings | training, "seed": seed})

@@ -197,7 +197,15 @@ def test_the_same_seed_gives_the_same_bits(bench, tmp_path, method, dtype):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), [("lora", torch.bfloat16), ("full", torch.bfloat16), ("full", torch.float32)]
+    ("method", "dtype"),
+    [
+        ("lora", torch.bfloat16),
+        ("full", torch.bfloat16),
+        ("full", torch.float32),
+        ({"name": "lora", "use_dora": True, "loraplus_lr_ratio": 4}, torch.float32),
+        ("ia3", torch.float32),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("stop", [2, 7])
 def test_resumed_is_uninterrupted(bench, tmp_path, method, dtype, stop):

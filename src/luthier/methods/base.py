@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -113,8 +113,8 @@ class TuningMethod:
         """
         raise NotImplementedError
 
-    def rates(self, model: torch.nn.Module, options: Any) -> dict[str, float]:
-        """Factors of the learning rate by parameter name, for those that do not learn at the recipe's own."""
+    def rates(self, names: Iterable[str], options: Any) -> dict[str, float]:
+        """Factors of the learning rate, for those of the trained parameters that learn at another than the recipe's."""
         return {}
 
     def save(self, model: Any, folder: Path) -> None:

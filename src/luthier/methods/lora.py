@@ -6,12 +6,15 @@ PEFT, so what is saved is a plain PEFT adapter.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from luthier.data.advice import rows_for
 from luthier.data.examples import TaskType
+from luthier.errors import UserError
 from luthier.method_options import LoraMethod
 from luthier.methods.base import Advice, TuningMethod, peft_task, register, wrapped_by_peft
 
@@ -41,14 +44,66 @@ class Lora(TuningMethod):
         if new_token_ids and not {"embed_tokens", "wte"} & set(options.modules_to_save):
             # Only the new rows of the embeddings are trained and saved, not the whole matrix.
             extra["trainable_token_indices"] = new_token_ids
+        targets = options.target_modules
+        if options.layers_to_transform is not None:
+            _require_layers(model, options.layers_to_transform)
+            extra["layers_to_transform"] = options.layers_to_transform
+            if isinstance(targets, str):
+                # PEFT takes layers' numbers beside a list of names alone.
+                targets = linear_names(model) if targets == "all-linear" else [targets]
         config = LoraConfig(
             task_type=peft_task(task),
             r=options.r,
             lora_alpha=options.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=options.lora_dropout,
-            target_modules=options.target_modules,
+            target_modules=targets,
             modules_to_save=options.modules_to_save or None,
+            rank_pattern=options.rank_pattern,
+            alpha_pattern=options.alpha_pattern,
             use_rslora=options.use_rslora,
+            use_dora=options.use_dora,
             **extra,
         )
-        return wrapped_by_peft(model, config, "LoRA")
+        wrapped = wrapped_by_peft(model, config, "LoRA")
+        base = wrapped.get_base_model()  # type: ignore[operator]
+        adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
+        for field in ("rank_pattern", "alpha_pattern"):
+            _require_matches(getattr(options, field), adapted, f"method.{field}")
+        return wrapped
+
+    def rates(self, names: Iterable[str], options: LoraMethod) -> dict[str, float]:
+        """See :meth:`TuningMethod.rates`; LoRA+ lets B learn faster."""
+        ratio = options.loraplus_lr_ratio
+        return {} if ratio is None else {name: ratio for name in names if re.search(r"\.lora_(embedding_)?B\.", name)}
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The last parts of the names of all linear layers but the output head."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, Conv1D)
+    found = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
+    return sorted(found)
+
+
+def _require_layers(model: PreTrainedModel, layers: list[int]) -> None:
+    count = int(model.config.get_text_config().num_hidden_layers)
+    odd = [number for number in layers if not 0 <= number < count]
+    if odd or not layers:
+        raise UserError(
+            f"the model has the layers 0 to {count - 1}, not {odd[0]}" if odd else "no layer is named",
+            where="method.layers_to_transform",
+            remedy="name layers of the model, or leave it empty for all",
+        )
+
+
+def _require_matches(patterns: Iterable[str], adapted: list[str], where: str) -> None:
+    """PEFT passes over a pattern that fits no layer; its rank would silently be the common one."""
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+            raise UserError(
+                f"no layer with matrices is named {pattern!r}",
+                where=where,
+                remedy=f"name for example {adapted[0]!r}, or the end of such a name",
+            )

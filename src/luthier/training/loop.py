@@ -144,6 +144,7 @@ class Trainer:
                 weight_decay=self.plan.weight_decay,
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_epsilon,
+                rates=method.rates(self.division.parameters, recipe.method),
                 add_squares=None if shards is None else shards.add_squares,
             )
         )

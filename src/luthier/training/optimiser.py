@@ -8,7 +8,7 @@ gains was measured: docs/training.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -25,6 +25,7 @@ class MasterAdamW:
     Args:
         parameters: trained parameters by name.
         weight_decay: applies to matrices; norms, biases and other vectors never decay.
+        rates: factors of the learning rate by parameter name; 1 where there is none.
         one_pass: False: PyTorch's AdamW in any case.
         add_squares: adds up the squared norm over processes that hold other parameters; None: these are all.
     """
@@ -37,6 +38,7 @@ class MasterAdamW:
         weight_decay: float,
         betas: tuple[float, float],
         eps: float,
+        rates: Mapping[str, float] | None = None,
         one_pass: bool = True,
         add_squares: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
@@ -46,18 +48,18 @@ class MasterAdamW:
             name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
             for name, p in parameters.items()
         }
-        matrices = [m for m in self.masters.values() if m.ndim >= 2]
-        vectors = [m for m in self.masters.values() if m.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+        for name, master in self.masters.items():
+            groups.setdefault((master.ndim < 2, (rates or {}).get(name, 1.0)), []).append(master)
         self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            [
+                {"params": members, "weight_decay": 0.0 if vectors else weight_decay, "factor": factor}
+                for (vectors, factor), members in sorted(groups.items(), key=lambda group: group[0])
+            ],
             lr=lr,
             betas=betas,
             eps=eps,
-            fused=all(m.device.type in ("cpu", "cuda") for m in matrices),
+            fused=all(m.device.type in ("cpu", "cuda") for m in self.masters.values()),
         )
         self._kernels = _kernels_for(parameters, self.masters) if one_pass else None
         # First gradients in the model's precision, by name; and the factor that clipping found for this step's.
@@ -113,7 +115,7 @@ class MasterAdamW:
     def step(self, lr: float) -> None:
         """One update at the learning rate ``lr``; gradients are cleared."""
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         if self._kernels is not None:
             self._step_in_one_pass(self._kernels)
         else:
