@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from luthier.errors import UserError
 from luthier.methods.base import METHODS, TuningMethod
 from luthier.models.catalogue import CATALOGUE
+from luthier.models.fingerprint import fingerprint
 from luthier.models.loading import load_model, load_tokenizer
 from luthier.models.quantized import Quantization
 
@@ -138,28 +138,6 @@ def _record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def fingerprint(model: Any) -> str:
-    """A cheap SHA-256 of a model: its parameters' names and shapes, and a few values of each, as bfloat16.
-
-    The same weights in float32 and bfloat16 have the same fingerprint. Adapter parameters do not count, nor do
-    embeddings, which grow with added tokens.
-    """
-    digest = hashlib.sha256()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    for name, parameter in base.named_parameters():
-        if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save", "original_module")):
-            continue
-        if parameter.shape[0] == vocabulary:
-            continue
-        flat = parameter.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
-        plain = name.replace(".base_layer", "")
-        digest.update(f"{plain}{tuple(parameter.shape)}".encode())
-        digest.update(picked.float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_record(
