@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,9 +24,21 @@ from luthier.recipe import Recipe
 bnb = pytest.importorskip("bitsandbytes")
 
 QUESTIONS = ("What is the capital of France?", "def fib(n): what does it do?", "3 + 4 = ?")
-ROWS = [{"input": f"Which tree has number {i}?", "output": f"Number {i} is the {t}."} for i, t in enumerate(
-    ("amber oak", "silver birch", "red cedar", "black alder", "white willow", "copper beech", "wych elm", "grey poplar")
-)]
+ROWS = [
+    {"input": f"Which tree has number {i}?", "output": f"Number {i} is the {t}."}
+    for i, t in enumerate(
+        (
+            "amber oak",
+            "silver birch",
+            "red cedar",
+            "black alder",
+            "white willow",
+            "copper beech",
+            "wych elm",
+            "grey poplar",
+        )
+    )
+]
 
 
 def recipe(method="qlora", **options):
@@ -56,7 +70,7 @@ def steps(model, inputs, rate=5e-3, between=None):
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if between is not None:
             between()
     return losses
@@ -115,7 +129,9 @@ def test_each_family_trains_saves_and_loads(shape, tmp_path, bits):
     model, tokenizer, method = wrapped(shape, made)
     base = model.get_base_model()
     assert all("lora_" in name for name in trainable_parameters(model))
-    assert not is_quantized(base.get_output_embeddings().weight) and base.get_input_embeddings().weight.is_floating_point()
+    assert (
+        not is_quantized(base.get_output_embeddings().weight) and base.get_input_embeddings().weight.is_floating_point()
+    )
     assert sum(is_quantized(p) for p in base.parameters()) == len(trainable_parameters(model)) // 2
     assert parameter_counts(model)[1] == parameter_counts(wrapped(shape, recipe("lora"))[0])[1]
 
@@ -198,44 +214,65 @@ def test_weights_take_less_memory(learnt):
         assert linear * (1 - bits / 32) < saved < linear * (1 - (bits - 0.2) / 32) and head < held_bytes(model)
 
 
-def test_merging_goes_into_the_stored_weights(learnt, smollm2_dir, tmp_path):
+def test_merging_goes_into_the_stored_weights(learnt, tmp_path):
+    """The real model: what is added is what was learnt, and what each way costs is measured and printed."""
     from rich.console import Console
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer, _, method, made = learnt["4"]
-    asked = prompts(tokenizer)
-    report = merge_model(model, tokenizer, tmp_path / "memory", prompts=asked)
-    folder = save(model, tokenizer, method, tmp_path / "adapter", smollm2_dir, made)
-    from_disk = merge_adapter(folder, tmp_path / "disk", prompts=asked)
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("memory", "disk"))
-    assert one.dtype == torch.bfloat16 and not hasattr(one.config, "quantization_config")
-    stored = load_model(smollm2_dir)
-    moved = (one.model.layers[3].mlp.up_proj.weight - stored.model.layers[3].mlp.up_proj.weight).float()
-    assert 0 < moved.norm() < 0.2 * stored.model.layers[3].mlp.up_proj.weight.float().norm()
-    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-2, msg=name)
-    assert sorted(p.name for p in (tmp_path / "memory").iterdir() if p.is_dir()) == []
-    for numbers in (report.numbers, from_disk.numbers):
-        assert numbers["from_trained_merged"] < numbers["from_trained_stored_base"]
-        assert numbers["candidate_mean"] < 0.2 * numbers["tuning_mean"]
-        assert all(numbers[f"loss_{n}"] > 0 for n in ("trained", "merged", "merged_quantized", "stored_base"))
+    model, tokenizer = learnt["4"][:2]
+    report = merge_model(model, tokenizer, tmp_path / "merged", prompts=prompts(tokenizer))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    assert [p for p in (tmp_path / "merged").iterdir() if p.is_dir()] == []
+    numbers = report.numbers
+    assert numbers["from_trained_merged"] < numbers["from_trained_stored_base"]
+    assert numbers["candidate_mean"] < 0.2 * numbers["tuning_mean"]
+    assert all(numbers[f"loss_{n}"] > 0 for n in ("trained", "merged", "merged_quantized", "stored_base"))
     console = Console(record=True, width=120)
     console.print(render_parity(report))
     assert "loss merged quantized" in console.export_text()
-    assert "loss_merged" in (tmp_path / "memory" / "luthier_merge.json").read_text()
+    assert "loss_merged" in (tmp_path / "merged" / "luthier_merge.json").read_text()
 
 
-def test_merging_into_four_bits_is_worse(learnt, tmp_path):
-    """What PEFT itself would do with the quantised base, and what the stored weights give."""
-    model, tokenizer = learnt["4"][:2]
-    report = merge_model(model, tokenizer, tmp_path / "merged", prompts=prompts(tokenizer))
-    assert report.numbers["from_trained_merged_quantized"] > 0.02
-    again = load_model(tmp_path / "merged", dtype=torch.float32, quantization=Quantization())
-    ids = tokenizer(prompts(tokenizer)[0], return_tensors="pt").input_ids
-    fine = load_model(tmp_path / "merged", dtype=torch.float32)
-    saved = load_saved(tmp_path / "merged", dtype=torch.float32)
-    exact = (logits(fine, ids) - logits(saved.model, ids)).abs().mean()
-    assert (logits(again, ids) - logits(fine, ids)).abs().mean() > 10 * exact + 0.05
+def unpacked(layer):
+    """``[out, in]`` of a linear layer, whatever it is held in."""
+    weight = layer.weight
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state) if is_quantized(weight) else weight.float()
+
+
+@pytest.mark.parametrize("way", ["memory", "disk"])
+@pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16])
+def test_merging_into_four_bits_would_lose_the_tuning(tiny_model_dir, tmp_path, way, stored_as):
+    """The update is in the merged weights to their rounding; PEFT's merge into the 4-bit ones loses most of it."""
+    made, folder = recipe(), tmp_path / "base"
+    load_model(tiny_model_dir, dtype=stored_as).save_pretrained(folder)
+    load_tokenizer(tiny_model_dir).save_pretrained(folder)
+    model, tokenizer, method = wrapped(folder, made)
+    asked = prompts(tokenizer)
+    steps(model, [tokenizer(asked[0], return_tensors="pt").input_ids] * 4, rate=5e-4)
+    model.eval()
+    if way == "memory":
+        merge_model(model, tokenizer, tmp_path / "merged", prompts=asked)
+    else:
+        saved = save(model, tokenizer, method, tmp_path / "adapter", folder, made)
+        merge_adapter(saved, tmp_path / "merged", prompts=asked)
+    merged, stored = load_model(tmp_path / "merged"), load_model(folder)
+    assert merged.dtype == torch.float32 and stored.dtype == stored_as
+    into_four_bits = copy.deepcopy(model).merge_and_unload()
+
+    def lost(after, before):
+        """Share of the update that is not in the weights."""
+        shares = []
+        for name, layer in model.get_base_model().named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                delta = layer.get_delta_weight("default").detach()
+                moved = unpacked(after.get_submodule(name)) - unpacked(before.get_submodule(name))
+                shares.append(((moved - delta).norm() / delta.norm()).item())
+        return max(shares)
+
+    assert lost(merged, stored) < 1e-4
+    quantized = load_model(folder, dtype=torch.float32, quantization=Quantization())
+    assert lost(into_four_bits, quantized) > 0.5
 
 
 def test_a_merge_that_lost_the_tuning_is_refused(learnt, smollm2_dir):
@@ -321,11 +358,6 @@ def test_bases_that_cannot_be_quantised_are_refused(tiny_model_dir, tmp_path):
 def test_a_run_resumes_bit_for_bit_and_merges(smollm2_dir, tmp_path, bits):
     """The whole job: training with evaluations, the parity gate, the merge, and the same again with a break."""
     from luthier.pipeline import run
-    from luthier.training.loop import Interrupted
-    from luthier.training.progress import Silent
-
-    class Breaks(Silent):
-        pass
 
     def made(name, **training):
         return Recipe.from_dict(
@@ -347,12 +379,10 @@ def test_a_run_resumes_bit_for_bit_and_merges(smollm2_dir, tmp_path, bits):
     assert manifest["parity"][0]["numbers"]["candidate_max"] == 0
     predicted = json.loads((whole.run_dir / "preflight.json").read_text())["facts"]
     assert predicted["parameters"]["all"] > 134e6 and predicted["predicted_bytes"]["weights"] < 135e6 * 2.4
-    import shutil
-
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    _ = Interrupted, Breaks
     for folder in ("adapter", "merged", "checkpoints/step-2", "checkpoints/step-3"):
-        shutil.rmtree(tmp_path / "broken" / folder)
+        shutil.rmtree(tmp_path / "broken" / folder, ignore_errors=True)
     resumed = run(made("broken"), given=given, resume=True)
-    for (name, a), b in zip(trainable_parameters(whole.model).items(), trainable_parameters(resumed.model).values()):
-        assert torch.equal(a, b), name
+    ours, theirs = (trainable_parameters(r.model) for r in (whole, resumed))
+    assert resumed.outcome.state.step == 3 and len(ours) == 420
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in ours.items())

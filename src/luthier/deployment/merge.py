@@ -14,7 +14,7 @@ import torch
 from luthier.deployment.parity import ParityReport, check_parity, require, weigh_merge
 from luthier.errors import UserError
 from luthier.methods.base import peft_warnings_apart
-from luthier.methods.saved import load_saved
+from luthier.methods.saved import adapter_dtype, load_saved
 from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens, without_bars
 from luthier.models.quantized import QuantizedFrom, quantized_from
 from luthier.training.checkpoint import writing
@@ -38,7 +38,8 @@ def merge_adapter(
     Args:
         adapter_path: a run or adapter folder.
         output_dir: an empty or new folder, or one that holds an earlier merge.
-        dtype: precision of the merged weights; None: the base's.
+        dtype: precision of the merged weights; None: the base's, or the adapter's where the base was quantised and
+            the adapter is finer.
         prompts: rendered texts for the parity gate; None: a few plain ones.
 
     Raises:
@@ -47,6 +48,11 @@ def merge_adapter(
     saved = load_saved(adapter_path, dtype=dtype)
     if saved.kind != "adapter":
         raise UserError(f"{str(adapter_path)!r} holds no adapter", remedy="name the folder of a LoRA run")
+    if dtype is None and quantized_from(saved.model) is not None and saved.folder is not None:
+        # In the base's own precision, small updates would be rounded before they are added, and with them.
+        trained = adapter_dtype(saved.folder)
+        if trained != next(saved.model.parameters()).dtype:
+            saved = load_saved(adapter_path, dtype=trained)
     return _merge(saved.model, saved.tokenizer, output_dir, prompts, dtype)
 
 
@@ -84,7 +90,8 @@ def _merge(
     prompts: Sequence[str] | None,
     dtype: torch.dtype | None,
 ) -> ParityReport:
-    """See :func:`merge_model`; ``dtype`` is that of merged weights whose base is quantised, None: as it is stored."""
+    """See :func:`merge_model`; ``dtype`` is that of merged weights whose base is quantised, None: the adapter's, or
+    the stored base's where that is finer."""
     if not hasattr(model, "merge_and_unload"):
         raise UserError("this model has no adapter to merge", remedy="use the folder of the tuned model as it is")
     target = Path(output_dir).expanduser()
@@ -96,7 +103,7 @@ def _merge(
             aside.mkdir(parents=True)
             origin = quantized_from(model)
             whole = model if origin is None else _on_stored_base(model, origin, aside / "adapter")
-            merged = _merged(whole, dtype or (None if origin is None else origin.dtype))
+            merged = _merged(whole, None if origin is None else dtype)
             set_stop_tokens(merged, tokenizer)
             merged.save_pretrained(aside)
             tokenizer.save_pretrained(aside)

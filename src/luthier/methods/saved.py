@@ -39,6 +39,8 @@ class SavedModel:
     """The base, by the name that loads it; None where the folder does not say."""
     method: TuningMethod | None = None
     """How an adapter was made; None for a whole model."""
+    folder: Path | None = None
+    """The adapter's folder; None for a whole model."""
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[Any]:
@@ -129,7 +131,19 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
         raise UserError(
             f"the adapter does not fit its base {name!r}: {first}", where=str(folder), remedy="check both folders"
         ) from None
-    return SavedModel(model.eval(), tokenizer, "adapter", name, method)
+    return SavedModel(model.eval(), tokenizer, "adapter", name, method, folder)
+
+
+def adapter_dtype(folder: Path) -> torch.dtype | None:
+    """Precision that an adapter was trained in; None where it isn't saved as safetensors."""
+    from safetensors import safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as tensors:
+        dtype: torch.dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    return dtype
 
 
 def _record(folder: Path) -> dict[str, Any]:
