@@ -214,6 +214,7 @@ def test_weights_take_less_memory(learnt):
         assert linear * (1 - bits / 32) < saved < linear * (1 - (bits - 0.2) / 32) and head < held_bytes(model)
 
 
+@pytest.mark.slow
 def test_merging_goes_into_the_stored_weights(learnt, tmp_path):
     """The real model: what is added is what was learnt, and what each way costs is measured and printed."""
     from rich.console import Console
@@ -252,10 +253,12 @@ def test_merging_into_four_bits_would_lose_the_tuning(tiny_model_dir, tmp_path, 
     steps(model, [tokenizer(asked[0], return_tensors="pt").input_ids] * 4, rate=5e-4)
     model.eval()
     if way == "memory":
-        merge_model(model, tokenizer, tmp_path / "merged", prompts=asked)
+        report = merge_model(model, tokenizer, tmp_path / "merged", prompts=asked)
     else:
         saved = save(model, tokenizer, method, tmp_path / "adapter", folder, made)
-        merge_adapter(saved, tmp_path / "merged", prompts=asked)
+        report = merge_adapter(saved, tmp_path / "merged", prompts=asked)
+    assert report.numbers["loss_trained"] > 0
+    assert report.numbers["from_trained_merged"] < report.numbers["from_trained_stored_base"]
     merged, stored = load_model(tmp_path / "merged"), load_model(folder)
     assert merged.dtype == torch.float32 and stored.dtype == stored_as
     into_four_bits = copy.deepcopy(model).merge_and_unload()
@@ -354,7 +357,7 @@ def test_bases_that_cannot_be_quantised_are_refused(tiny_model_dir, tmp_path):
         load_model(tmp_path / "packed", quantization=Quantization())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_resumes_bit_for_bit_and_merges(smollm2_dir, tmp_path, bits):
     """The whole job: training with evaluations, the parity gate, the merge, and the same again with a break."""
     from luthier.pipeline import run
