@@ -21,6 +21,7 @@ _HOMES = {
     "FullFineTuner": "luthier.tuners",
     "InstructionTuner": "luthier.tuners",
     "LoRATuner": "luthier.tuners",
+    "QLoRATuner": "luthier.tuners",
     "FineTuneEvaluator": "luthier.evaluation.evaluator",
     "calculate_perplexity": "luthier.evaluation.perplexity",
 }

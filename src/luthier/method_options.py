@@ -47,6 +47,19 @@ class LoraMethod(Section):
     """How many times faster B learns than A (LoRA+; Hayou et al., 2024, arXiv:2402.12354): 2 to 16; empty: as fast."""
 
 
+class QloraMethod(LoraMethod):
+    """Low-rank matrices beside frozen weights that are held in 4 or 8 bits; needs `pip install 'luthier[qlora]'`."""
+
+    name: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    """Trains low-rank matrices beside quantised weights (Dettmers et al., 2023, arXiv:2305.14314)."""
+    bits: Literal[4, 8] = 4
+    """Bits a weight; 8 is LLM.int8 (Dettmers et al., 2022, arXiv:2208.07339)."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of 4-bit weights: quantiles of a normal distribution (nf4) or tiny floats (fp4)."""
+    double_quant: bool = True
+    """The scales of blocks of 4-bit weights are quantised as well."""
+
+
 class Ia3Method(Section):
     """Learnt factors of keys, values and inner activations."""
 
@@ -66,7 +79,7 @@ class Ia3Method(Section):
         return self
 
 
-Method = Annotated[Union[LoraMethod, FullMethod, Ia3Method], Field(discriminator="name")]  # noqa: UP007
+Method = Annotated[Union[LoraMethod, QloraMethod, FullMethod, Ia3Method], Field(discriminator="name")]  # noqa: UP007
 
 
 def options_of(name: str) -> type[Section]:

@@ -105,6 +105,12 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     accelerator = make_accelerator(recipe.training.report_to, Path(recipe.output_dir))
     method = get_method(recipe.method.name)
     method.check(recipe)
+    if deepspeed_asked_for() and method.quantization(recipe.method) is not None:
+        raise UserError(
+            f"DeepSpeed cannot divide the quantised weights of method {method.name}",
+            where="method.name",
+            remedy="leave DeepSpeed out of the Accelerate configuration, or use method.name=lora",
+        )
     spec = recipe.model
     tokenizer = load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template)
     base = _base(recipe, method, accelerator.device)

@@ -433,14 +433,16 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
     problems: list[str] = []
     for item in error.errors()[:5]:
         # Discriminated unions put their tag into the path; it is no key of the file.
-        location = [str(part) for part in item["loc"] if part not in ("lora", "full")]
+        location = [str(part) for part in item["loc"] if part not in ("lora", "qlora", "full")]
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
             near = _nearest(location)
             hint = f"; did you mean {near!r}?" if near else ""
             problems.append(f"unknown key {key!r}{hint}")
         elif item["type"] == "union_tag_invalid":
-            problems.append(f"{key}.name: unknown method {shorten(item['input'].get('name'))}; known: lora, full")
+            problems.append(
+                f"{key}.name: unknown method {shorten(item['input'].get('name'))}; known: lora, qlora, full"
+            )
         else:
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{key or 'recipe'}: {message[:1].lower()}{message[1:]} (got {shorten(item['input'])})")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
-from luthier.method_options import FullMethod, LoraMethod, options_of
+from luthier.method_options import FullMethod, LoraMethod, QloraMethod, options_of
 from luthier.recipe import DataSection, ModelSection, Recipe, TrainingSection
 from luthier.section import Section
 
@@ -163,6 +163,19 @@ class LoRATuner(_Tuner):
     """
 
     _method = LoraMethod
+
+
+class QLoRATuner(LoRATuner):
+    """Trains low-rank matrices beside weights held in 4 or 8 bits (Dettmers et al., 2023, arXiv:2305.14314).
+
+    Merging goes into the weights as they are stored, never into the quantised ones.
+
+    Args:
+        model_name: an embedded model's name, a local folder or a hub id.
+        **model_options: other fields of the recipe's model section, for example ``dtype``.
+    """
+
+    _method = QloraMethod
 
 
 class FullFineTuner(_Tuner):

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from luthier.errors import UserError
 from luthier.method_options import options_of
@@ -225,7 +224,7 @@ def test_methods_refuse_what_they_cannot_do(family_dirs):
     model = load_model(family_dirs["llama"], dtype=torch.float32)
     with pytest.raises(UserError, match="IA3 trains no embeddings"):
         get_method("ia3").wrap(model, options_of("ia3")(), [299])
-    with pytest.raises(ValidationError, match="feedforward_modules names 'down_proj'"):
+    with pytest.raises(UserError, match="feedforward_modules names 'down_proj'"):
         Recipe.from_dict(
             {"method": {"name": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}}
         )

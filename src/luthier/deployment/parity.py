@@ -47,7 +47,8 @@ class ParityReport:
     """Why it fails, in words."""
     numbers: dict[str, float] = field(default_factory=dict)
     """Mean and greatest |Δ log-probability| of candidate and of rounding, mean KL divergence (nats), share of
-    positions with the same likeliest token, and, where a base was given, how far tuning has moved the model."""
+    positions with the same likeliest token; where a base was given, how far tuning has moved the model; and where the
+    base was quantised, what :func:`weigh_merge` measures."""
     prompts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +132,58 @@ def check_parity(
                 "what was learnt is lost in its rounding"
             )
     return ParityReport(name, not reasons, reasons, numbers, len(prompts))
+
+
+def weigh_merge(
+    report: ParityReport,
+    trained: Any,
+    reference: Any,
+    merged: Any,
+    merged_quantized: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+) -> None:
+    """Measure what it costs to leave the quantised base that an adapter was trained on; adds to the report.
+
+    ``loss_*`` are mean losses over the prompts, nats a token, of the quantised base with its adapter (what was
+    trained), of the merged model, of the merged model quantised again, and of the stored base; ``from_trained_*`` is
+    how far each lies from what was trained, mean |Δ log-probability|. A merged model that lies no nearer to it than
+    the stored base does has lost what was learnt, and fails.
+
+    Args:
+        report: of the merge itself.
+        trained: the quantised base with its adapter.
+        reference: the stored base with the adapter.
+        merged: the candidate.
+        merged_quantized: the candidate, quantised as the base was.
+        tokenizer: of all of them.
+        prompts: rendered texts.
+    """
+    ids = [tokenizer(p, add_special_tokens=False).input_ids[-_TOKENS:] for p in prompts]
+    ours = [_log_probabilities(trained, i) for i in ids]
+    others = {
+        "merged": [_log_probabilities(merged, i) for i in ids],
+        "merged_quantized": [_log_probabilities(merged_quantized, i) for i in ids],
+        "stored_base": _base_log_probabilities(reference, ids),
+    }
+    for name, theirs in {"trained": ours, **others}.items():
+        report.numbers[f"loss_{name}"] = _mean_loss(theirs, ids)
+    for name, theirs in others.items():
+        report.numbers[f"from_trained_{name}"] = _distance(ours, theirs)["mean"]
+    merged_apart, base_apart = (report.numbers[f"from_trained_{name}"] for name in ("merged", "stored_base"))
+    if not merged_apart < base_apart:
+        report.reasons.append(
+            f"the merged model lies as far from the trained one ({merged_apart:.3g}) as the base does "
+            f"({base_apart:.3g}): what was learnt beside the quantised weights is not in it"
+        )
+        report.passed = False
+
+
+def _mean_loss(log_probabilities: Sequence[torch.Tensor], ids: Sequence[Sequence[int]]) -> float:
+    """Nats a token, of all tokens but the first of each text."""
+    pairs = zip(log_probabilities, ids, strict=True)
+    losses = torch.cat([-a[range(len(i) - 1), i[1:]] for a, i in pairs])
+    return float(losses.mean()) if len(losses) else 0.0
 
 
 def require(report: ParityReport) -> None:

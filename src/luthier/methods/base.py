@@ -13,6 +13,7 @@ import torch
 
 from luthier.data.examples import TaskType
 from luthier.errors import UserError
+from luthier.models.quantized import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -204,6 +205,6 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """``(trained, all)`` parameters, tied ones counted once."""
+    """``(trained, all)`` parameters, tied ones counted once, quantised ones by what they stand for."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters())
+    return trained, sum(count(p) for p in model.parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from luthier.errors import UserError
 from luthier.methods.base import METHODS, TuningMethod
 from luthier.models.catalogue import CATALOGUE
+from luthier.models.fingerprint import fingerprint
 from luthier.models.loading import load_model, load_tokenizer
 from luthier.models.quantized import Quantization
 
@@ -39,6 +39,8 @@ class SavedModel:
     """The base, by the name that loads it; None where the folder does not say."""
     method: TuningMethod | None = None
     """How an adapter was made; None for a whole model."""
+    folder: Path | None = None
+    """The adapter's folder; None for a whole model."""
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[Any]:
@@ -129,7 +131,19 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
         raise UserError(
             f"the adapter does not fit its base {name!r}: {first}", where=str(folder), remedy="check both folders"
         ) from None
-    return SavedModel(model.eval(), tokenizer, "adapter", name, method)
+    return SavedModel(model.eval(), tokenizer, "adapter", name, method, folder)
+
+
+def adapter_dtype(folder: Path) -> torch.dtype | None:
+    """Precision that an adapter was trained in; None where it isn't saved as safetensors."""
+    from safetensors import safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as tensors:
+        dtype: torch.dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    return dtype
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -138,28 +152,6 @@ def _record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def fingerprint(model: Any) -> str:
-    """A cheap SHA-256 of a model: its parameters' names and shapes, and a few values of each, as bfloat16.
-
-    The same weights in float32 and bfloat16 have the same fingerprint. Adapter parameters do not count, nor do
-    embeddings, which grow with added tokens.
-    """
-    digest = hashlib.sha256()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    for name, parameter in base.named_parameters():
-        if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save", "original_module")):
-            continue
-        if parameter.shape[0] == vocabulary:
-            continue
-        flat = parameter.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
-        plain = name.replace(".base_layer", "")
-        digest.update(f"{plain}{tuple(parameter.shape)}".encode())
-        digest.update(picked.float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_record(

@@ -13,11 +13,11 @@ import torch
 from luthier.data.render import PLAIN_TEMPLATE, end_of_turn_ids
 from luthier.errors import UserError
 from luthier.models.catalogue import CATALOGUE, embedded_model_folder
+from luthier.models.fingerprint import fingerprint
+from luthier.models.quantized import Quantization, QuantizedFrom, require_bitsandbytes, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from luthier.models.quantized import Quantization
 
 
 def resolve_model(name: str | Path) -> str:
@@ -117,10 +117,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    if quantization is not None:
-        raise UserError("quantised bases cannot be loaded yet", where="method.name", remedy="use method.name=lora")
-
     place, options = _place(resolve_model(name), revision)
+    if quantization is not None:
+        return _quantized(name, place, options, dtype, revision, quantization)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     with _explained(name), without_bars():
@@ -131,6 +130,48 @@ def load_model(
         # An adapter's config names its base by this: an absolute path is found from any working folder.
         model.name_or_path = str(Path(place).resolve())
     return model.eval()
+
+
+def _quantized(
+    name: str | Path,
+    place: str,
+    options: dict[str, Any],
+    dtype: torch.dtype | None,
+    revision: str | None,
+    quantization: Quantization,
+) -> PreTrainedModel:
+    """See :func:`load_model`; ``dtype`` is the precision of what is not quantised, and of products."""
+    from transformers import AutoModelForCausalLM
+
+    require_bitsandbytes()
+    if "gguf_file" in options:
+        raise UserError(
+            f"{str(name)!r} is a GGUF file, which cannot be quantised again",
+            where="model.name",
+            remedy="name a folder or a hub id that holds the weights as safetensors, or use method.name=lora",
+        )
+    # The weights are read as they are stored, which maps the file into memory and keeps none of them.
+    plain = load_model(name, revision=revision)
+    if getattr(plain.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{str(name)!r} is stored quantised already",
+            where="model.name",
+            remedy="name the model that it was quantised from",
+        )
+    origin = QuantizedFrom(str(name), revision, quantization, plain.dtype, fingerprint(plain))
+    place_of_plain = plain.name_or_path
+    del plain
+    with _explained(name), without_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype or origin.dtype,
+            quantization_config=quantization.config(dtype or origin.dtype),
+            # Quantised on the CPU like all bases are loaded, where a GPU may not hold what is not yet quantised.
+            device_map={"": "cpu"},
+            **options,
+        )
+    model.name_or_path = place_of_plain
+    return settle(model, origin).eval()
 
 
 @contextlib.contextmanager

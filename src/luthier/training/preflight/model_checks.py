@@ -17,6 +17,7 @@ from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
 from luthier.method_options import LoraMethod
 from luthier.methods.base import TuningMethod, get_method, parameter_counts
+from luthier.models.quantized import held_bytes
 from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
 from luthier.training.loss import LossFunction
@@ -76,7 +77,7 @@ def predict(
     saved = (trained if get_method(recipe.method.name).adapter else every) * size
     merged = every * size if recipe.deployment.merge else 0
     return Needs(
-        weights=every * size,
+        weights=held_bytes(model),
         optimiser=trained * (16 + size) + copied,
         activations=tokens * kept + _WORKSPACE,
         disk=checkpoint * (recipe.training.save_total_limit + 2) + 2 * saved + 2 * merged,
