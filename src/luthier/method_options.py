@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal, Union, get_args
 
 from pydantic import Field
 
@@ -35,4 +35,22 @@ class LoraMethod(Section):
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
 
 
-Method = Annotated[Union[LoraMethod, FullMethod], Field(discriminator="name")]  # noqa: UP007
+class AdapterMethod(Section):
+    """Bottleneck adapters in the residual branches of a frozen model."""
+
+    name: Literal["adapter"] = "adapter"
+    """Trains small layers after others, h + up(act(down(h))); they cannot be merged (Houlsby et al., 2019)."""
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """After attention and after the MLP (houlsby), or after the MLP alone (pfeiffer, arXiv:2005.00247)."""
+    reduction_factor: int = Field(16, ge=1)
+    """An adapter has hidden size / reduction_factor inner values, at least one."""
+    non_linearity: Literal["relu", "gelu", "silu"] = "relu"
+    """The activation between the two layers."""
+    adapter_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on an adapter's inner values."""
+    target_modules: list[str] = Field(default_factory=list)
+    """Names of the linear layers that adapters follow, in place of placement; empty: found by placement."""
+
+
+Method = Annotated[Union[LoraMethod, FullMethod, AdapterMethod], Field(discriminator="name")]  # noqa: UP007
+METHOD_NAMES: tuple[str, ...] = tuple(kind.model_fields["name"].default for kind in get_args(get_args(Method)[0]))

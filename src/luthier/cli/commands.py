@@ -46,7 +46,7 @@ def init(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the recipe.")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="Embedded name, folder, GGUF file or hub id.")] = "smollm2",
-    method: Annotated[str, typer.Option(help="lora or full")] = "lora",
+    method: Annotated[str, typer.Option(help="lora, full or adapter")] = "lora",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
 ) -> None:
     """Look at a file of examples and write a commented recipe for it."""

@@ -107,7 +107,8 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
     name = str(recorded if recorded in CATALOGUE else config.get("base_model_name_or_path") or recorded or "")
     if not name:
         raise UserError("the adapter does not name its base", where=str(folder), remedy="set base_model_name_or_path")
-    method = METHODS.get(str(record.get("method")), METHODS["lora"])
+    fallback = "adapter" if config.get("peft_type") == "BOTTLENECK" else "lora"
+    method = METHODS.get(str(record.get("method")), METHODS[fallback])
     quantized = record.get("quantization")
     base = load_model(name, dtype=dtype, quantization=Quantization(**quantized) if quantized else None)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(name)
@@ -150,7 +151,9 @@ def fingerprint(model: Any) -> str:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     vocabulary = base.get_input_embeddings().weight.shape[0]
     for name, parameter in base.named_parameters():
-        if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save", "original_module")):
+        if any(
+            part in name for part in ("lora_", "bottleneck_", "trainable_tokens", "modules_to_save", "original_module")
+        ):
             continue
         if parameter.shape[0] == vocabulary:
             continue
