@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rapidfuzz import process
 from safetensors.torch import load_file, save_file
-from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import UserError
 
@@ -58,7 +57,7 @@ class BottleneckLayer(torch.nn.Module):
     def __init__(self, base_layer: Any, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        features = base_layer.nf if isinstance(base_layer, Conv1D) else base_layer.out_features
+        features = base_layer.out_features if isinstance(base_layer, torch.nn.Linear) else base_layer.nf
         inner = max(1, features // config.reduction_factor)
         like = {"dtype": base_layer.weight.dtype, "device": base_layer.weight.device}
         self.bottleneck_down = torch.nn.Linear(features, inner, **like)
@@ -108,7 +107,7 @@ class BottleneckModel(torch.nn.Module):
         base.requires_grad_(False)
         known = dict(base.named_modules())
         for name in config.target_modules:
-            if not isinstance(known.get(name), (torch.nn.Linear, Conv1D)):
+            if not _is_linear(known.get(name)):
                 raise KeyError(f"the base has no linear layer {name}")
             parent, _, own = name.rpartition(".")
             setattr(known[parent], own, BottleneckLayer(known[name], config))
@@ -139,7 +138,7 @@ class BottleneckModel(torch.nn.Module):
 
     def get_base_model(self) -> PreTrainedModel:
         """The base, the adapters in it."""
-        base: PreTrainedModel = self.base_model  # type: ignore[assignment]
+        base: PreTrainedModel = self.base_model
         return base
 
     @contextlib.contextmanager
@@ -226,7 +225,7 @@ def places(model: PreTrainedModel, placement: str, named: Sequence[str]) -> tupl
     Raises:
         UserError: a name is none of a linear layer, or not every block's branches were found.
     """
-    linear = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    linear = [n for n, m in model.named_modules() if _is_linear(m)]
     if named:
         return _named(linear, named)
     blocks = int(model.config.get_text_config().num_hidden_layers)
@@ -255,3 +254,9 @@ def _named(linear: list[str], named: Sequence[str]) -> tuple[str, ...]:
                 remedy=f"did you mean {near[0]!r}?" if near else "name linear layers of this model",
             )
     return tuple(n for n in linear if f".{n}".endswith(tuple(f".{end}" for end in named)))
+
+
+def _is_linear(module: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
