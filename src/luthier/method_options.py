@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -47,6 +47,23 @@ class LoraMethod(Section):
     """How many times faster B learns than A (LoRA+; Hayou et al., 2024, arXiv:2402.12354): 2 to 16; empty: as fast."""
 
 
+class AdapterMethod(Section):
+    """Bottleneck adapters in the residual branches of a frozen model."""
+
+    name: Literal["adapter"] = "adapter"
+    """Trains small layers after others, h + up(act(down(h))); they cannot be merged (Houlsby et al., 2019)."""
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """After attention and after the MLP (houlsby), or after the MLP alone (pfeiffer, arXiv:2005.00247)."""
+    reduction_factor: int = Field(16, ge=1)
+    """An adapter has hidden size / reduction_factor inner values, at least one."""
+    non_linearity: Literal["relu", "gelu", "silu"] = "relu"
+    """The activation between the two layers."""
+    adapter_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on an adapter's inner values."""
+    target_modules: list[str] = Field(default_factory=list)
+    """Names of the linear layers that adapters follow, in place of placement; empty: found by placement."""
+
+
 class QloraMethod(LoraMethod):
     """Low-rank matrices beside frozen weights that are held in 4 or 8 bits; needs `pip install 'luthier[qlora]'`."""
 
@@ -79,7 +96,10 @@ class Ia3Method(Section):
         return self
 
 
-Method = Annotated[Union[LoraMethod, QloraMethod, FullMethod, Ia3Method], Field(discriminator="name")]  # noqa: UP007
+Method = Annotated[LoraMethod | QloraMethod | FullMethod | AdapterMethod | Ia3Method, Field(discriminator="name")]
+METHODS_BY_NAME: dict[str, type[Section]] = {
+    kind.model_fields["name"].default: kind for kind in get_args(get_args(Method)[0])
+}
 
 
 def options_of(name: str) -> type[Section]:
@@ -88,7 +108,6 @@ def options_of(name: str) -> type[Section]:
     Raises:
         UserError: there is no such method.
     """
-    kinds = {kind.model_fields["name"].default: kind for kind in get_args(get_args(Method)[0])}
-    if name not in kinds:
-        raise UserError(f"unknown method {name!r}", where="method.name", remedy=f"known: {', '.join(kinds)}")
-    return kinds[name]
+    if name not in METHODS_BY_NAME:
+        raise UserError(f"unknown method {name!r}", where="method.name", remedy=f"known: {', '.join(METHODS_BY_NAME)}")
+    return METHODS_BY_NAME[name]

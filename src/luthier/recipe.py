@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from rapidfuzz import process
 
 from luthier.errors import UserError, shorten
-from luthier.method_options import LoraMethod, Method
+from luthier.method_options import METHODS_BY_NAME, LoraMethod, Method
 from luthier.section import Section
 
 
@@ -433,16 +433,15 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
     problems: list[str] = []
     for item in error.errors()[:5]:
         # Discriminated unions put their tag into the path; it is no key of the file.
-        location = [str(part) for part in item["loc"] if part not in ("lora", "qlora", "full")]
+        location = [str(part) for part in item["loc"] if part not in METHODS_BY_NAME]
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
             near = _nearest(location)
             hint = f"; did you mean {near!r}?" if near else ""
             problems.append(f"unknown key {key!r}{hint}")
         elif item["type"] == "union_tag_invalid":
-            problems.append(
-                f"{key}.name: unknown method {shorten(item['input'].get('name'))}; known: lora, qlora, full"
-            )
+            known = ", ".join(METHODS_BY_NAME)
+            problems.append(f"{key}.name: unknown method {shorten(item['input'].get('name'))}; known: {known}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{key or 'recipe'}: {message[:1].lower()}{message[1:]} (got {shorten(item['input'])})")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
-from luthier.method_options import FullMethod, LoraMethod, QloraMethod, options_of
+from luthier.method_options import AdapterMethod, FullMethod, LoraMethod, QloraMethod, options_of
 from luthier.recipe import DataSection, ModelSection, Recipe, TrainingSection
 from luthier.section import Section
 
@@ -187,6 +187,17 @@ class FullFineTuner(_Tuner):
     """
 
     _method = FullMethod
+
+
+class AdapterTuner(_Tuner):
+    """Trains bottleneck adapters in a frozen model (Houlsby et al., 2019, arXiv:1902.00751).
+
+    Args:
+        model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        **model_options: other fields of the recipe's model section, for example ``dtype``.
+    """
+
+    _method = AdapterMethod
 
 
 class InstructionTuner(_Tuner):

@@ -109,7 +109,8 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
     name = str(recorded if recorded in CATALOGUE else config.get("base_model_name_or_path") or recorded or "")
     if not name:
         raise UserError("the adapter does not name its base", where=str(folder), remedy="set base_model_name_or_path")
-    method = METHODS.get(str(record.get("method")), METHODS["lora"])
+    fallback = "adapter" if config.get("peft_type") == "BOTTLENECK" else "lora"
+    method = METHODS.get(str(record.get("method")), METHODS[fallback])
     quantized = record.get("quantization")
     base = load_model(name, dtype=dtype, quantization=Quantization(**quantized) if quantized else None)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(name)

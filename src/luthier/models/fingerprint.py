@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+# Parts of the names of parameters that adapters add.
+_ADDED = ("lora_", "ia3_", "bottleneck_", "trainable_tokens", "modules_to_save", "original_module")
+
 
 def fingerprint(model: Any) -> str:
     """A cheap SHA-256 of a model: its parameters' names and shapes, and a few values of each, as bfloat16.
@@ -21,7 +24,7 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     vocabulary = base.get_input_embeddings().weight.shape[0]
     for name, parameter in base.named_parameters():
-        if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save", "original_module")):
+        if any(part in name for part in _ADDED):
             continue
         if parameter.shape[0] == vocabulary:
             continue

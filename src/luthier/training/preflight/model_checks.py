@@ -15,7 +15,7 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
-from luthier.method_options import LoraMethod
+from luthier.method_options import AdapterMethod, LoraMethod
 from luthier.methods.base import TuningMethod, get_method, parameter_counts
 from luthier.models.quantized import held_bytes
 from luthier.recipe import Recipe
@@ -98,6 +98,10 @@ def _kept_a_layer(recipe: Recipe, model: torch.nn.Module, loss_function: LossFun
     if isinstance(recipe.method, LoraMethod):
         # The adapters' own inputs after dropout, seven places a layer.
         values += (5 * hidden + 2 * inner if recipe.method.lora_dropout else 0) + 14 * recipe.method.r
+    if isinstance(recipe.method, AdapterMethod):
+        # The layer's output, and the inner values before and after the activation and after dropout.
+        sites = 2 if recipe.method.placement == "houlsby" else 1
+        values += sites * (hidden + 3 * max(1, hidden // recipe.method.reduction_factor))
     return values * size
 
 
