@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.errors import UserError
 from luthier.section import Section
@@ -34,9 +35,9 @@ class LoraMethod(Section):
     """Layers trained and saved whole beside the matrices, for example embed_tokens."""
     layers_to_transform: list[int] | None = None
     """Numbers of the layers that get matrices, from 0; empty: all."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Other ranks for some layers, by a name's end or a regular expression of it: {o_proj: 4, layers.29.*: 16}."""
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Other lora_alpha for some layers, in the same way."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
@@ -45,6 +46,16 @@ class LoraMethod(Section):
     better at low ranks, slower."""
     loraplus_lr_ratio: float | None = Field(None, ge=1)
     """How many times faster B learns than A (LoRA+; Hayou et al., 2024, arXiv:2402.12354): 2 to 16; empty: as fast."""
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_expressions(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
 
 
 class AdapterMethod(Section):

@@ -225,3 +225,19 @@ def test_the_report_prints(small):
     console = Console(record=True, width=120)
     console.print(render_parity(report))
     assert "parity: merged, 4 prompts" in console.export_text() and json.dumps(report.to_dict())
+
+
+def test_what_was_tuned_finely_is_merged_finely(tiny_model_dir, tmp_path):
+    """A base that is stored in bfloat16 and was tuned in float32: in bfloat16 a young adapter would be rounded away."""
+    stored = tmp_path / "base"
+    load_model(tiny_model_dir, dtype=torch.bfloat16).save_pretrained(stored)
+    load_tokenizer(tiny_model_dir).save_pretrained(stored)
+    model, tokenizer = tuned(stored, torch.float32, size=1e-4)
+    folder = save(model, tokenizer, tmp_path / "adapter", stored)
+    assert load_saved(folder).model.dtype == torch.bfloat16
+    merge_adapter(folder, tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    assert merged.dtype == torch.float32
+    ids = tokenizer("What is the answer?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

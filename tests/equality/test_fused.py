@@ -129,6 +129,8 @@ def test_shared_beginnings_change_nothing_in_the_models_own_layers(family):
         {"target_modules": ["q_proj", "v_proj", "down_proj"]},
         {"use_rslora": True, "r": 3},
         {"modules_to_save": ["embed_tokens"]},
+        {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"layers.1.*": 8}},
+        {"layers_to_transform": [1]},
     ],
     ids=str,
 )

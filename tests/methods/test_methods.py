@@ -228,6 +228,9 @@ def test_methods_refuse_what_they_cannot_do(family_dirs):
         Recipe.from_dict(
             {"method": {"name": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}}
         )
+    for pattern, message in (({"(": 4}, "no regular expression"), ({"q_proj": 0}, "greater than or equal to 1")):
+        with pytest.raises(UserError, match=message):
+            Recipe.from_dict({"method": {"name": "lora", "rank_pattern": pattern}})
     for name, method in METHODS.items():
         recipe = Recipe.from_dict({"method": name, "deployment": {"merge": True}})
         if method.merges:

@@ -38,8 +38,8 @@ def merge_adapter(
     Args:
         adapter_path: a run or adapter folder.
         output_dir: an empty or new folder, or one that holds an earlier merge.
-        dtype: precision of the merged weights; None: the base's, or the adapter's where the base was quantised and
-            the adapter is finer.
+        dtype: precision of the merged weights; None: the base's, or the adapter's where that is finer, as where a
+            base that is stored in bfloat16 was tuned in float32.
         prompts: rendered texts for the parity gate; None: a few plain ones.
 
     Raises:
@@ -48,11 +48,12 @@ def merge_adapter(
     saved = load_saved(adapter_path, dtype=dtype)
     if saved.kind != "adapter":
         raise UserError(f"{str(adapter_path)!r} holds no adapter", remedy="name the folder of a LoRA run")
-    if dtype is None and quantized_from(saved.model) is not None and saved.folder is not None:
-        # In the base's own precision, small updates would be rounded before they are added, and with them.
-        trained = adapter_dtype(saved.folder)
-        if trained != next(saved.model.parameters()).dtype:
-            saved = load_saved(adapter_path, dtype=trained)
+    if dtype is None and saved.folder is not None:
+        # In a coarser base's precision, small updates would be rounded before they are added, and with them.
+        held = next(saved.model.parameters()).dtype
+        finest = torch.promote_types(held, adapter_dtype(saved.folder) or held)
+        if finest != held:
+            saved = load_saved(adapter_path, dtype=finest)
     return _merge(saved.model, saved.tokenizer, output_dir, prompts, dtype)
 
 
