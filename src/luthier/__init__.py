@@ -21,6 +21,9 @@ _HOMES = {
     "FullFineTuner": "luthier.tuners",
     "InstructionTuner": "luthier.tuners",
     "LoRATuner": "luthier.tuners",
+    "PTuningTuner": "luthier.tuners",
+    "PrefixTuner": "luthier.tuners",
+    "PromptTuner": "luthier.tuners",
     "FineTuneEvaluator": "luthier.evaluation.evaluator",
     "calculate_perplexity": "luthier.evaluation.perplexity",
 }

@@ -111,6 +111,8 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
     added = set_stop_tokens(base, tokenizer)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None:
+        context -= method.virtual_tokens(recipe.method)
     # The others find encoded rows, and what a model has answered to augmenters, on disk.
     with processes.main_first() if recipe.data.cache and processes.count > 1 else contextlib.nullcontext():
         dataset = prepare(recipe, tokenizer, context=context, given=given, local=local_answerer)

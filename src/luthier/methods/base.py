@@ -82,6 +82,10 @@ class TuningMethod:
         """How the base's weights are held in memory; None: as they are."""
         return None
 
+    def virtual_tokens(self, options: Any) -> int:
+        """How many places of the model's context stand before every text."""
+        return 0
+
     def wrap(
         self, model: PreTrainedModel, options: Any, new_token_ids: list[int], task: TaskType = TaskType.CAUSAL_LM
     ) -> torch.nn.Module:

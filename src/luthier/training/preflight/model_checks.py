@@ -19,6 +19,7 @@ from luthier.method_options import LoraMethod
 from luthier.methods.base import TuningMethod, get_method, parameter_counts
 from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
+from luthier.models.virtual import own_logits
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight.findings import Finding
@@ -66,6 +67,7 @@ def predict(
     # The heaviest batch seen over a few thousand shuffled steps lies near its mean plus four deviations.
     spread = float(lengths.mean() * batch + 4 * lengths.std() * math.sqrt(batch))
     tokens = min(int(lengths[:batch].sum()), int(spread) + 1)
+    tokens += batch * loss_function.virtual.count
     layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
     recompute = recipe.training.gradient_checkpointing
     kept = layers * _kept_a_layer(recipe, model, loss_function, recompute)
@@ -222,7 +224,7 @@ def first_loss(
         model.set_attn_implementation("eager")  # type: ignore[operator]
         for row in examples:
             ids = torch.from_numpy(row.input_ids.astype(np.int64))[None].to(device)
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            logits = own_logits(model, ids)[0].float()
             at = torch.from_numpy(np.flatnonzero(row.trained)).to(device)
             losses = torch.nn.functional.cross_entropy(logits[at - 1], ids[0, at], reduction="sum")
             total += float(losses)
