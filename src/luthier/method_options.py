@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -77,4 +77,4 @@ class PrefixMethod(Section):
     """Width of that network; empty: the model's own."""
 
 
-Method = Annotated[Union[LoraMethod, FullMethod, PromptMethod, PTuningMethod, PrefixMethod], Field(discriminator="name")]  # noqa: UP007
+Method = Annotated[LoraMethod | FullMethod | PromptMethod | PTuningMethod | PrefixMethod, Field(discriminator="name")]

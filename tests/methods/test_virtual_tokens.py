@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,13 @@ from luthier.evaluation.generation import _greedy, _one_by_one
 from luthier.evaluation.perplexity import perplexity_of_examples
 from luthier.methods import get_method
 from luthier.methods.base import trainable_parameters
+from luthier.methods.saved import load_saved
 from luthier.models.virtual import VirtualTokens, own_logits
 from luthier.pipeline import run
 from luthier.recipe import Recipe
 from luthier.training.fused import reference
 from luthier.training.loss import LossFunction
+from luthier.training.progress import Silent
 
 METHODS = ["prompt", "p_tuning", "prefix"]
 SHAPES = ["llama", "qwen3", "gemma3", "gpt2"]
@@ -245,29 +249,41 @@ def test_vectors_begin_as_those_of_a_text(tiny_model_dir, tokenizer):
     assert torch.equal(model.prompt_encoder.default.embedding.weight, expected.float())
 
 
+class PowerCut(Silent):
+    """Fails after the third step."""
+
+    def step(self, record) -> None:
+        if record["step"] == 3:
+            raise RuntimeError("power cut")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_from_end_to_end_and_resumed(name, tmp_path, tiny_model_dir):
-    rows = [TrainingExample(f"Name the colour {i}.", f"It is colour number {i}.") for i in range(8)]
+    rows = [TrainingExample(f"Name the colour {w}.", f"It is like {w * 3}.") for w in "abcdefghijkl"]
+    given = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
 
-    def go(folder: str, **training):
-        settings = {"report_to": [], "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4}
-        recipe = Recipe.from_dict(
+    def recipe(folder: str):
+        return Recipe.from_dict(
             {
                 "model": {"name": str(tiny_model_dir), "dtype": "float32"},
                 "method": {"name": name, "num_virtual_tokens": 18},
-                "training": settings | training,
+                "training": {"report_to": [], "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4},
+                "evaluation": {"max_new_tokens": 4},
                 "output_dir": str(tmp_path / folder),
             }
         )
-        recipe.evaluation.max_new_tokens = 4
-        return recipe
 
-    given = {"train": rows, "validation": rows[:2], "test": rows[:2]}
-    whole = run(go("whole"), given=given)
+    whole = run(recipe("whole"), given=given)
     assert whole.comparison is not None
-    weights = {n: p.detach().clone() for n, p in trainable_parameters(whole.model).items()}
-    for checkpoint in sorted((tmp_path / "whole/checkpoints").glob("*"))[1:]:
-        assert checkpoint.exists()
-    assert (tmp_path / "whole/adapter/adapter_config.json").is_file()
-    again = run(go("whole"), given=given, overwrite=True)
-    assert all(torch.equal(p, weights[n]) for n, p in trainable_parameters(again.model).items())
+    facts = json.loads((tmp_path / "whole/preflight.json").read_text())["facts"]
+    first, plain = facts["first_loss"].values()
+    assert first == pytest.approx(plain, rel=1e-4)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(recipe("cut"), given=given, reporter=PowerCut())
+    resumed = run(recipe("cut"), given=given, resume=True)
+    weights = trainable_parameters(resumed.model)
+    assert all(torch.equal(p, weights[n]) for n, p in trainable_parameters(whole.model).items())
+    with torch.no_grad():
+        ids = torch.arange(5, 15)[None]
+        ours = own_logits(whole.model, ids)
+        assert torch.equal(ours, own_logits(load_saved(tmp_path / "whole").model, ids))

@@ -37,7 +37,7 @@ class PTuning(BeforeTheText):
         from peft import PromptEncoderConfig
 
         config = PromptEncoderConfig(
-            task_type=peft_task(task),  # type: ignore[arg-type]
+            task_type=peft_task(task),
             num_virtual_tokens=options.num_virtual_tokens,
             encoder_reparameterization_type=options.encoder_reparameterization_type,
             encoder_hidden_size=options.encoder_hidden_size or model.config.get_text_config().hidden_size,

@@ -51,7 +51,7 @@ class Prefix(BeforeTheText):
         from peft import PrefixTuningConfig
 
         config = PrefixTuningConfig(
-            task_type=peft_task(task),  # type: ignore[arg-type]
+            task_type=peft_task(task),
             num_virtual_tokens=options.num_virtual_tokens,
             prefix_projection=options.prefix_projection,
             encoder_hidden_size=options.encoder_hidden_size or model.config.get_text_config().hidden_size,

@@ -41,7 +41,7 @@ class Prompt(BeforeTheText):
         from peft import PromptTuningConfig
 
         config = PromptTuningConfig(
-            task_type=peft_task(task),  # type: ignore[arg-type]
+            task_type=peft_task(task),
             num_virtual_tokens=options.num_virtual_tokens,
             prompt_tuning_init="SAMPLE_VOCAB",
         )

@@ -33,7 +33,7 @@ class VirtualTokens:
     """
 
     def __init__(self, model: Any) -> None:
-        config = getattr(model, "active_peft_config", None)
+        config: Any = getattr(model, "active_peft_config", None)
         learnt = config is not None and config.is_prompt_learning and model.has_active_enabled_adapter
         self._model = model
         self.count: int = config.num_virtual_tokens if learnt else 0

@@ -17,9 +17,9 @@ from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
 from luthier.method_options import LoraMethod
 from luthier.methods.base import TuningMethod, get_method, parameter_counts
+from luthier.models.virtual import own_logits
 from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
-from luthier.models.virtual import own_logits
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight.findings import Finding
