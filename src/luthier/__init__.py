@@ -23,6 +23,9 @@ _HOMES = {
     "InstructionTuner": "luthier.tuners",
     "LoRATuner": "luthier.tuners",
     "QLoRATuner": "luthier.tuners",
+    "PTuningTuner": "luthier.tuners",
+    "PrefixTuner": "luthier.tuners",
+    "PromptTuner": "luthier.tuners",
     "FineTuneEvaluator": "luthier.evaluation.evaluator",
     "calculate_perplexity": "luthier.evaluation.perplexity",
 }

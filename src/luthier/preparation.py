@@ -105,9 +105,9 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     accelerator = make_accelerator(recipe.training.report_to, Path(recipe.output_dir))
     method = get_method(recipe.method.name)
     method.check(recipe)
-    if deepspeed_asked_for() and method.quantization(recipe.method) is not None:
+    if deepspeed_asked_for() and not method.divides:
         raise UserError(
-            f"DeepSpeed cannot divide the quantised weights of method {method.name}",
+            f"DeepSpeed cannot divide a model that is tuned by method {method.name}",
             where="method.name",
             remedy="leave DeepSpeed out of the Accelerate configuration, or use method.name=lora",
         )
@@ -117,6 +117,8 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
     added = set_stop_tokens(base, tokenizer)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None:
+        context -= method.virtual_tokens(recipe.method)
     # The others find encoded rows, and what a model has answered to augmenters, on disk.
     with processes.main_first() if recipe.data.cache and processes.count > 1 else contextlib.nullcontext():
         dataset = prepare(recipe, tokenizer, context=context, given=given, local=local_answerer)

@@ -11,7 +11,16 @@ from rich.console import Console
 
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
-from luthier.method_options import AdapterMethod, FullMethod, LoraMethod, QloraMethod, options_of
+from luthier.method_options import (
+    AdapterMethod,
+    FullMethod,
+    LoraMethod,
+    PrefixMethod,
+    PromptMethod,
+    PTuningMethod,
+    QloraMethod,
+    options_of,
+)
 from luthier.recipe import DataSection, ModelSection, Recipe, TrainingSection
 from luthier.section import Section
 
@@ -176,6 +185,39 @@ class QLoRATuner(LoRATuner):
     """
 
     _method = QloraMethod
+
+
+class PromptTuner(_Tuner):
+    """Trains vectors before every text (prompt tuning, Lester et al., 2021, arXiv:2104.08691).
+
+    Args:
+        model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        **model_options: other fields of the recipe's model section, for example ``dtype``.
+    """
+
+    _method = PromptMethod
+
+
+class PTuningTuner(_Tuner):
+    """Trains a network that makes vectors before every text (P-tuning, Liu et al., 2021, arXiv:2103.10385).
+
+    Args:
+        model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        **model_options: other fields of the recipe's model section, for example ``dtype``.
+    """
+
+    _method = PTuningMethod
+
+
+class PrefixTuner(_Tuner):
+    """Trains keys and values before every text, in every layer (Li and Liang, 2021, arXiv:2101.00190).
+
+    Args:
+        model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        **model_options: other fields of the recipe's model section, for example ``dtype``.
+    """
+
+    _method = PrefixMethod
 
 
 class FullFineTuner(_Tuner):

@@ -14,6 +14,7 @@ from luthier.data.render import RenderError, prompt_text
 from luthier.errors import UserError
 from luthier.evaluation.generation import stop_tokens
 from luthier.methods.saved import SavedModel, load_saved
+from luthier.models.virtual import VirtualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,6 +109,8 @@ def _prompt_ids(
 ) -> list[int]:
     """The conversation as the model reads it; its oldest exchanges go when it no longer fits."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None:
+        context -= VirtualTokens(model).count
     before = [{"role": "system", "content": system}] if system else []
     kept = list(turns)
     while True:
@@ -172,13 +175,13 @@ def _pieces(
     )
     device = next(model.parameters()).device
     prompt = torch.tensor([ids], device=device)
+    virtual = VirtualTokens(model)
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
+            virtual.reader.generate(
+                **virtual.generation_inputs(prompt),
                 generation_config=config,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([Asked()]),

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from luthier.data.render import RenderError, end_of_turn_ids, template_text
 from luthier.errors import UserError
+from luthier.models.virtual import own_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -245,7 +246,7 @@ def _log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
         model.set_attn_implementation("sdpa")
     try:
         device = next(model.parameters()).device
-        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
+        logits = own_logits(model, torch.tensor([list(ids)], device=device))[0]
         return logits.float().log_softmax(-1).cpu()
     finally:
         if native != "sdpa":

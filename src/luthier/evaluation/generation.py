@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from luthier.data.render import end_of_turn_ids
 from luthier.errors import UserError, shorten
 from luthier.evaluation.state import measuring
+from luthier.models.virtual import VirtualTokens, cache_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +105,7 @@ def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> i
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return wanted
+    context -= VirtualTokens(model).count
     if len(ids) >= context:
         raise UserError(
             f"the prompt has {len(ids):,} tokens and the model's context {context:,}: {shorten(prompt)}",
@@ -117,25 +118,28 @@ def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> i
 def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list[int]) -> list[list[int]]:
     """New token ids of each prompt. Rows leave the batch, and their keys and values the cache, once finished."""
     device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    pads = [longest - len(ids) for ids in prompts]
+    virtual = VirtualTokens(model)
+    rows = [virtual.placeholders + ids for ids in prompts]
+    longest = max(map(len, rows))
+    pads = [longest - len(ids) for ids in rows]
     # Any token can stand in the padding on the left: it is masked.
-    ids = torch.tensor([[0] * n + p for n, p in zip(pads, prompts, strict=True)], device=device)  # [B, L]
-    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(pads, prompts, strict=True)], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ids = torch.tensor([[0] * n + p for n, p in zip(pads, rows, strict=True)], device=device)  # [B, L]
+    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(pads, rows, strict=True)], device=device)
+    mask = virtual.mask(mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, virtual.keys :]
     alive = list(range(len(prompts)))
     new: list[list[int]] = [[] for _ in prompts]
-    cache, cache_name = None, _cache_name(model)
+    cache, name = virtual.cache(len(prompts)), cache_name(virtual.reader)
     while True:
-        out = model(
-            input_ids=ids,
+        out = virtual.reader(
+            **virtual.inputs(ids),
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{cache_name: cache},
+            **{name: cache},
         )
-        cache = getattr(out, cache_name, None)
+        cache = getattr(out, name, None)
         if cache is None or any(hasattr(layer, "recurrent_states") for layer in cache.layers):
             return _one_by_one(model, prompts, limits, stops)
         chosen = out.logits[:, -1].argmax(-1)  # [B]
@@ -153,12 +157,6 @@ def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
 
-def _cache_name(model: Any) -> str:
-    """What the model's forward calls its cache: transformers 5.24 renamed it."""
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(own.forward).parameters else "past_key_values"
-
-
 def _one_by_one(model: Any, prompts: list[list[int]], limits: list[int], stops: list[int]) -> list[list[int]]:
     """New token ids of each prompt from transformers' own loop, for models that remember more than keys and values.
 
@@ -167,14 +165,17 @@ def _one_by_one(model: Any, prompts: list[list[int]], limits: list[int], stops: 
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
-    own, new = model.generation_config, []
-    model.generation_config = GenerationConfig()  # generate() takes from it what its argument leaves open
+    virtual = VirtualTokens(model)
+    reader = virtual.reader
+    own, new = reader.generation_config, []
+    reader.generation_config = GenerationConfig()  # generate() takes from it what its argument leaves open
     try:
         for prompt, limit in zip(prompts, limits, strict=True):
             config = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=stops or None, pad_token_id=0)
-            ids = torch.tensor([prompt], device=device)
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            new.append(out[0, len(prompt) :].tolist())
+            inputs = virtual.generation_inputs(torch.tensor([prompt], device=device))
+            out = reader.generate(**inputs, generation_config=config)
+            # Where vectors went in, what comes out are the new tokens alone.
+            new.append(out[0, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist())
     finally:
-        model.generation_config = own
+        reader.generation_config = own
     return new

@@ -13,6 +13,7 @@ import torch
 from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
 from luthier.evaluation.state import measuring
+from luthier.models.virtual import VirtualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,8 @@ def calculate_perplexity(
             remedy="give a longer text",
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    if context is not None:
+        context -= VirtualTokens(model).count
     if max_length is None:
         max_length = min(context or _TOKENS, _TOKENS)
     if max_length < 2 or (context is not None and max_length > context):

@@ -1,6 +1,18 @@
 """Tuning methods, one file each. Importing this package registers them."""
 
-from luthier.methods import adapter, full, ia3, lora, qlora
+from luthier.methods import adapter, full, ia3, lora, p_tuning, prefix, prompt, qlora
 from luthier.methods.base import METHODS, TuningMethod, get_method
 
-__all__ = ["METHODS", "TuningMethod", "adapter", "full", "get_method", "ia3", "lora", "qlora"]
+__all__ = [
+    "METHODS",
+    "TuningMethod",
+    "adapter",
+    "full",
+    "get_method",
+    "ia3",
+    "lora",
+    "p_tuning",
+    "prefix",
+    "prompt",
+    "qlora",
+]

@@ -43,6 +43,7 @@ class TuningMethod:
         merges: True where the adapter can become part of the base's weights.
         exact: True where the saved adapter, loaded again, gives the trained model's logits bit for bit; False where
             it does within the rounding of the weights.
+        divides: False where the model cannot be divided among processes (FSDP2, DeepSpeed).
         learning_rate: default peak learning rate.
         weight_decay: default weight decay.
         advice: ranges that usually work.
@@ -54,6 +55,7 @@ class TuningMethod:
     adapter: ClassVar[bool] = True
     merges: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    divides: ClassVar[bool] = True
     learning_rate: ClassVar[float]
     weight_decay: ClassVar[float] = 0.0
     advice: ClassVar[Advice]
@@ -97,6 +99,10 @@ class TuningMethod:
     def quantization(self, options: Any) -> Quantization | None:
         """How the base's weights are held in memory; None: as they are."""
         return None
+
+    def virtual_tokens(self, options: Any) -> int:
+        """How many places of the model's context stand before every text."""
+        return 0
 
     def wrap(
         self, model: PreTrainedModel, options: Any, new_token_ids: list[int], task: TaskType = TaskType.CAUSAL_LM

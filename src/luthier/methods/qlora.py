@@ -31,6 +31,7 @@ class Qlora(Lora):
 
     name = "qlora"
     trains = "low-rank matrices beside frozen weights in 4 or 8 bits"
+    divides = False
     learning_rate = 2e-4
     advice = Advice(
         learning_rate=(2e-4, 5e-4), epochs=(1, 3), examples=rows_for("lora", "a light adaptation"), rank=(4, 16)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from luthier.data.batch import Batch, pack, pad
 from luthier.data.encode import EncodedExample
+from luthier.methods.base import trainable_parameters
+from luthier.models.virtual import VirtualTokens
 from luthier.training import attention
 from luthier.training.fused import cuda, kernels, reference, varlen
 from luthier.training.fused.decoder import FusedDecoder, NotFused
@@ -166,6 +168,7 @@ class LossFunction:
         self.model = model
         self.pad_token_id = pad_token_id
         self.share_prefix = share_prefix
+        self.virtual = VirtualTokens(model)
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.body = base.get_decoder() if hasattr(base, "get_decoder") else None
         if self.body is base:
@@ -186,7 +189,10 @@ class LossFunction:
 
     def batch(self, examples: list[EncodedExample]) -> Batch:
         """The examples as one batch of the form this model takes."""
-        return pack(examples, share=self.share_prefix) if self.packed else pad(examples, self.pad_token_id)
+        rows = self.virtual.before(examples)
+        batch = pack(rows, share=self.share_prefix) if self.packed else pad(rows, self.pad_token_id)
+        batch.tokens = sum(map(len, examples))
+        return batch
 
     def recompute_activations(self, what: Recompute = True) -> str:
         """Keep less for the backward pass and compute it again there.
@@ -219,7 +225,7 @@ class LossFunction:
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """``[K, D]`` last hidden states at the kept positions."""
         if self.fused is not None and batch.packed:
-            return self.fused(batch)
+            return self.fused(batch, self.virtual.embedded(batch.input_ids) if self.virtual.vectors else None)
         assert self.body is not None
         hidden = self.body(**self._inputs(batch)).last_hidden_state
         return hidden.reshape(-1, hidden.shape[-1])[batch.kept]
@@ -228,14 +234,15 @@ class LossFunction:
         """``[K, V]`` logits at the kept positions, by the model's own head."""
         inputs = self._inputs(batch)
         if self.selects and batch.packed:
-            return self.model(**inputs, logits_to_keep=batch.kept).logits[0]
-        logits = self.model(**inputs).logits
+            return self.virtual.reader(**inputs, logits_to_keep=batch.kept).logits[0]
+        logits = self.virtual.reader(**inputs).logits
         return logits.reshape(-1, logits.shape[-1])[batch.kept]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-        if not batch.packed:
-            return inputs | {"attention_mask": batch.attention_mask}
+        inputs: dict[str, Any] = {**self.virtual.inputs(batch.input_ids), "use_cache": False}
+        if batch.attention_mask is not None:
+            begun = self.virtual.begun(len(batch.input_ids))
+            return inputs | begun | {"attention_mask": self.virtual.mask(batch.attention_mask)}
         inputs["position_ids"] = batch.position_ids
         inputs["segments"] = batch.segments
         if batch.shares:
@@ -252,6 +259,8 @@ class LossFunction:
     def _probe(self, base: Any, batching: str) -> None:
         if batching == "padded":
             self.reason = "model.batching=padded was asked for"
+        elif self.virtual.keys:
+            self.reason = "trained keys and values stand before each row's own in every layer"
         else:
             native = self.model.config._attn_implementation  # type: ignore[union-attr]
             try:
@@ -278,9 +287,10 @@ class LossFunction:
         """
         if not (self.packed and self.head):
             raise NotFused(self.reason or "its logits are no plain linear head of its last hidden states")
-        parameters = list(self.model.parameters())
+        # Of the base: virtual tokens may be made in float32, and reach the layers in the base's precision.
+        parameters = list(self.virtual.reader.parameters())
         ops = _ops_of_layers(parameters) if ops is None else ops
-        batch = pack(_probe_rows(self.model)).to(parameters[0].device)
+        batch = pack(self.virtual.before(_probe_rows(self.model))).to(parameters[0].device)
         # Far along as well, where a scale that depends on the position would show.
         far = replace(batch, position_ids=batch.position_ids + _context(self.model) // 2)
         with attention.recording() as calls:
@@ -288,7 +298,8 @@ class LossFunction:
         fused = FusedDecoder(self.body, calls, ops)
         half = parameters[0].dtype in (torch.bfloat16, torch.float16)
         for theirs, at in zip(own, (batch, far), strict=True):
-            apart = float((self.output(fused(at)).float() - theirs).abs().mean())
+            embedded = self.virtual.embedded(at.input_ids) if self.virtual.vectors else None
+            apart = float((self.output(fused(at, embedded)).float() - theirs).abs().mean())
             bound = (0.15 if half else 0.01) * float(theirs.std())
             if not apart <= bound:
                 raise NotFused(f"fused layers change its logits by {apart:.2g} (bound {bound:.2g})")
@@ -313,6 +324,9 @@ class LossFunction:
             if parameter.requires_grad
         ]
         if not named:
+            # Nothing in the layers is trained, but what stands before them may be.
+            named = list(trainable_parameters(self.model).items()) if self.virtual.vectors else []
+        if not named:
             return 0.0, ""
         found = []
         for self.fused in (None, fused):
@@ -328,12 +342,12 @@ class LossFunction:
 
     def _why_not_packed(self) -> str:
         """Empty where packed rows give each example the logits it has alone; leaves packed attention set."""
-        rows = _probe_rows(self.model)
+        rows, before = _probe_rows(self.model), self.virtual.before
         device = next(self.model.parameters()).device
         self.model.set_attn_implementation("eager")  # type: ignore[operator]
-        alone = torch.cat([self.logits(pad([row], self.pad_token_id).to(device)) for row in rows]).float()
+        alone = torch.cat([self.logits(pad([row], self.pad_token_id).to(device)) for row in before(rows)]).float()
         self.model.set_attn_implementation(attention.register())  # type: ignore[operator]
-        together = self.logits(pack(rows).to(device)).float()
+        together = self.logits(pack(before(rows)).to(device)).float()
         # Rounding moves bfloat16 logits of random tokens by some hundredths of their spread, on the average; a
         # wrong position or a look across a border moves them by the spread itself.
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
@@ -344,7 +358,7 @@ class LossFunction:
         # Whatever the rounding, another first example must leave the logits of the later ones as they were.
         rows[0].input_ids = rows[0].input_ids[::-1].copy()
         border = int(rows[0].trained.sum())
-        moved = float((self.logits(pack(rows).to(device)).float() - together)[border:].abs().max())
+        moved = float((self.logits(pack(before(rows)).to(device)).float() - together)[border:].abs().max())
         if moved > 1e-3 * bound:
             return f"an example changes the logits of the next one by {moved:.2g} in packed rows"
         return ""

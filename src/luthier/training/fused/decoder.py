@@ -56,10 +56,15 @@ class FusedDecoder:
         # Read once: everything that can change while a model trains is read at each call instead.
         self.windows = [calls[layer.self_attn].sliding_window for layer in body.layers]
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Last hidden states, normed, at the batch's kept positions: ``[K, D]``."""
+    def __call__(self, batch: Batch, embedded: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states, normed, at the batch's kept positions: ``[K, D]``.
+
+        Args:
+            batch: packed.
+            embedded: ``[1, N, D]`` what the first layer reads; None: the vectors of the batch's ids.
+        """
         body = self.body
-        x = body.embed_tokens(batch.input_ids)
+        x = body.embed_tokens(batch.input_ids) if embedded is None else embedded
         cosine, sine = (t[0].float().contiguous() for t in body.rotary_emb(x, position_ids=batch.position_ids))
         x = x[0].contiguous()
         # Only where examples share tokens may a position be kept twice; looking for it makes a GPU wait.

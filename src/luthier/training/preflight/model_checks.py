@@ -18,6 +18,7 @@ from luthier.data.encoded import lengths_of
 from luthier.method_options import AdapterMethod, LoraMethod
 from luthier.methods.base import TuningMethod, get_method, parameter_counts
 from luthier.models.quantized import held_bytes
+from luthier.models.virtual import own_logits
 from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
 from luthier.training.loss import LossFunction
@@ -67,6 +68,7 @@ def predict(
     # The heaviest batch seen over a few thousand shuffled steps lies near its mean plus four deviations.
     spread = float(lengths.mean() * batch + 4 * lengths.std() * math.sqrt(batch))
     tokens = min(int(lengths[:batch].sum()), int(spread) + 1)
+    tokens += batch * loss_function.virtual.count
     layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
     recompute = recipe.training.gradient_checkpointing
     kept = layers * _kept_a_layer(recipe, model, loss_function, recompute)
@@ -227,7 +229,7 @@ def first_loss(
         model.set_attn_implementation("eager")  # type: ignore[operator]
         for row in examples:
             ids = torch.from_numpy(row.input_ids.astype(np.int64))[None].to(device)
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            logits = own_logits(model, ids)[0].float()
             at = torch.from_numpy(np.flatnonzero(row.trained)).to(device)
             losses = torch.nn.functional.cross_entropy(logits[at - 1], ids[0, at], reduction="sum")
             total += float(losses)

@@ -1,0 +1,289 @@
+"""Prompt tuning, P-tuning and prefix tuning: our path against PEFT's own forward on each row alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from luthier.data.encode import EncodedExample
+from luthier.data.examples import TaskType, TrainingExample
+from luthier.deployment.parity import _log_probabilities
+from luthier.errors import UserError
+from luthier.evaluation.generation import _greedy, _one_by_one
+from luthier.evaluation.perplexity import perplexity_of_examples
+from luthier.methods import get_method
+from luthier.methods.base import trainable_parameters
+from luthier.methods.saved import load_saved
+from luthier.models.virtual import VirtualTokens, own_logits
+from luthier.pipeline import run
+from luthier.recipe import Recipe
+from luthier.training.fused import reference
+from luthier.training.loss import LossFunction
+from luthier.training.progress import Silent
+
+METHODS = ["prompt", "p_tuning", "prefix"]
+SHAPES = ["llama", "qwen3", "gemma3", "gpt2"]
+VOCABULARY = 300
+
+
+def tiny(shape: str):
+    import transformers as t
+
+    common = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if shape == "llama":
+        model = t.LlamaForCausalLM(t.LlamaConfig(**common))
+    elif shape == "qwen3":
+        model = t.Qwen3ForCausalLM(t.Qwen3Config(**common, head_dim=32))
+    elif shape == "gemma3":
+        kinds = ["sliding_attention", "full_attention"]
+        config = t.Gemma3TextConfig(
+            **common, head_dim=32, query_pre_attn_scalar=32, sliding_window=48, layer_types=kinds
+        )
+        model = t.Gemma3ForCausalLM(config)
+    else:
+        config = t.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model = t.GPT2LMHeadModel(config)
+    return model.eval()
+
+
+def wrapped(name: str, shape: str = "llama", **options):
+    section = Recipe.from_dict({"method": {"name": name, "num_virtual_tokens": 20, **options}}).method
+    torch.manual_seed(1)
+    base = tiny(shape)
+    return get_method(name).wrap(base, section, [], TaskType.CAUSAL_LM)
+
+
+def rows_of(*lengths: int) -> list[EncodedExample]:
+    rng = np.random.default_rng(3)
+    rows = []
+    for length in lengths:
+        trained = rng.random(length) < 0.6
+        trained[0], trained[-1] = False, True
+        rows.append(EncodedExample(rng.integers(0, VOCABULARY, length).astype(np.int32), trained, None, 0))
+    return rows
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def peft_alone(model, rows) -> torch.Tensor:
+    """Summed loss of PEFT's own forward with labels, one row at a time."""
+    total = torch.zeros(())
+    for row in rows:
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+        labels = torch.where(torch.from_numpy(row.trained)[None], ids, -100)
+        if VirtualTokens(model).keys:
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+        else:
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            total = total + loss * int(row.trained.sum())
+    return total
+
+
+def trained_a_little(model, steps: int = 4):
+    loss_function = LossFunction(model)
+    batch = loss_function.batch(rows_of(9, 14, 30))
+    optimiser = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = loss_function(batch)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("batching", ["auto", "padded"])
+def test_loss_and_gradients_are_those_of_peft_on_each_row_alone(name, shape, batching):
+    rows = rows_of(7, 33, 19, 2)
+    model = wrapped(name, shape)
+    expected = peft_alone(model, rows)
+    expected.backward()
+    theirs = gradients(model)
+    loss_function = LossFunction(model, batching=batching)
+    assert loss_function.packed == (batching == "auto" and name != "prefix"), loss_function.reason
+    assert loss_function.reason or loss_function.packed
+    batch = loss_function.batch(rows)
+    assert batch.tokens == sum(map(len, rows))
+    if loss_function.packed:
+        assert batch.shares and batch.computed < sum(map(len, rows)) + 2 * 20  # the virtual tokens stand there once
+    loss = loss_function(batch)
+    loss.backward()
+    ours = gradients(model)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-3)
+    assert ours.keys() == theirs.keys() == set(trainable_parameters(model))
+    assert all("prompt_encoder" in n for n in ours)
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=2e-3, atol=1e-4 * scale, msg=key)
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
+def test_fused_layers_take_the_vectors(name):
+    model, rows = wrapped(name), rows_of(7, 33, 19)
+    plain = LossFunction(model, share_prefix=False)
+    plain(plain.batch(rows)).backward()
+    theirs = gradients(model)
+    fused = LossFunction(model, ops=reference)
+    assert fused.fused is not None, fused.fused_reason
+    fused(fused.batch(rows)).backward()
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, theirs[key], rtol=2e-3, atol=2e-4 * float(theirs[key].abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_learns_saves_loads_and_switches_off(name, shape, tmp_path):
+    model = wrapped(name, shape)
+    before = {k: v.clone() for k, v in model.get_base_model().state_dict().items()}
+    losses = trained_a_little(model)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(v, before[k]) for k, v in model.get_base_model().state_dict().items())
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    method, ids = get_method(name), rows_of(23)[0].input_ids.tolist()
+    method.save(model, tmp_path)
+    ours = _log_probabilities(model, ids)
+    assert len(ours) == len(ids)
+    assert torch.equal(ours, _log_probabilities(method.load(tiny(shape), tmp_path), ids))
+    assert torch.equal(ours, _log_probabilities(PeftModel.from_pretrained(tiny(shape), tmp_path).eval(), ids))
+    untouched = _log_probabilities(tiny(shape), ids)
+    assert float((ours - untouched).abs().mean()) > 1e-2
+    with model.disable_adapter():
+        assert torch.equal(_log_probabilities(model, ids), untouched)
+        # All of our paths too.
+        assert _greedy(model, [ids], [5], []) == _greedy(tiny(shape), [ids], [5], [])
+        base = perplexity_of_examples(model, rows_of(9, 30))
+        assert base.nll_per_token == pytest.approx(perplexity_of_examples(tiny(shape), rows_of(9, 30)).nll_per_token)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_answers_are_those_without_a_cache_alone_or_in_a_batch(name, shape):
+    model = wrapped(name, shape)
+    trained_a_little(model)
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    prompts = [r.input_ids.tolist() for r in rows_of(5, 31, 12)]
+    expected = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            for _ in range(6):
+                ids = torch.cat([ids, own_logits(model, ids)[:, -1:].argmax(-1)], 1)
+            expected.append(ids[0, len(prompt) :].tolist())
+        together = _greedy(model, prompts, [6, 3, 6], [])
+        assert [together[0], together[1], together[2]] == [expected[0], expected[1][:3], expected[2]]
+        for prompt, answer in zip(prompts, expected, strict=True):
+            assert _greedy(model, [prompt], [6], []) == [answer]
+            assert _one_by_one(model, [prompt], [6], []) == [answer]  # what the chat calls as well
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_perplexity_is_that_of_peft(name):
+    model, rows = wrapped(name), rows_of(9, 30)
+    with torch.no_grad():
+        expected = float(peft_alone(model, rows)) / sum(int(r.trained.sum()) for r in rows)
+    assert perplexity_of_examples(model, rows).nll_per_token == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("section", "advice"),
+    [
+        ({"deployment": {"merge": True}}, "lora"),
+        ({"model": {"added_tokens": ["<new>"]}}, "lora"),
+        ({"training": {"sharding": "full"}}, "lora"),
+        ({"task": "classification"}, "lora"),
+    ],
+    ids=["merge", "new tokens", "sharding", "task"],
+)
+def test_what_cannot_be_done_is_refused_with_advice(name, section, advice):
+    with pytest.raises(UserError, match=advice):
+        get_method(name).check(Recipe.from_dict({"method": name} | section))
+
+
+def test_prefix_refuses_gradient_checkpointing_and_prompt_does_it_right():
+    recipe = Recipe.from_dict({"method": "prefix", "training": {"gradient_checkpointing": True}})
+    with pytest.raises(UserError, match="dropped"):
+        get_method("prefix").check(recipe)
+    model, rows = wrapped("prompt"), rows_of(7, 20)
+    loss_function = LossFunction(model)
+    loss_function(loss_function.batch(rows)).backward()
+    kept = gradients(model)
+    loss_function.recompute_activations(True)
+    model.train()
+    loss_function(loss_function.batch(rows)).backward()
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, kept[key])
+
+
+def test_vectors_begin_as_those_of_a_text(tiny_model_dir, tokenizer):
+    from luthier.models.loading import load_model
+
+    options = Recipe.from_dict(
+        {"method": {"name": "prompt", "num_virtual_tokens": 9, "prompt_tuning_init_text": "Answer the question."}}
+    ).method
+    model = get_method("prompt").wrap(load_model(tiny_model_dir), options, [])
+    ids = tokenizer("Answer the question.").input_ids
+    expected = model.word_embeddings.weight[torch.tensor((ids * 9)[:9])]
+    assert torch.equal(model.prompt_encoder.default.embedding.weight, expected.float())
+
+
+class PowerCut(Silent):
+    """Fails after the third step."""
+
+    def step(self, record) -> None:
+        if record["step"] == 3:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_from_end_to_end_and_resumed(name, tmp_path, tiny_model_dir):
+    rows = [TrainingExample(f"Name the colour {w}.", f"It is like {w * 3}.") for w in "abcdefghijkl"]
+    given = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
+
+    def recipe(folder: str):
+        return Recipe.from_dict(
+            {
+                "model": {"name": str(tiny_model_dir), "dtype": "float32"},
+                "method": {"name": name, "num_virtual_tokens": 18},
+                "training": {"report_to": [], "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4},
+                "evaluation": {"max_new_tokens": 4},
+                "output_dir": str(tmp_path / folder),
+            }
+        )
+
+    whole = run(recipe("whole"), given=given)
+    assert whole.comparison is not None
+    facts = json.loads((tmp_path / "whole/preflight.json").read_text())["facts"]
+    first, plain = facts["first_loss"].values()
+    assert first == pytest.approx(plain, rel=1e-4)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(recipe("cut"), given=given, reporter=PowerCut())
+    resumed = run(recipe("cut"), given=given, resume=True)
+    weights = trainable_parameters(resumed.model)
+    assert all(torch.equal(p, weights[n]) for n, p in trainable_parameters(whole.model).items())
+    with torch.no_grad():
+        ids = torch.arange(5, 15)[None]
+        ours = own_logits(whole.model, ids)
+        assert torch.equal(ours, own_logits(load_saved(tmp_path / "whole").model, ids))
