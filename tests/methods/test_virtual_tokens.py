@@ -213,9 +213,8 @@ def test_perplexity_is_that_of_peft(name):
         ({"deployment": {"merge": True}}, "lora"),
         ({"model": {"added_tokens": ["<new>"]}}, "lora"),
         ({"training": {"sharding": "full"}}, "lora"),
-        ({"task": "classification"}, "lora"),
     ],
-    ids=["merge", "new tokens", "sharding", "task"],
+    ids=["merge", "new tokens", "sharding"],
 )
 def test_what_cannot_be_done_is_refused_with_advice(name, section, advice):
     with pytest.raises(UserError, match=advice):
