@@ -14,11 +14,11 @@ from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.deployment.merge import merge_model
 from luthier.errors import UserError
-from luthier.evaluation.generation import _cache_name
 from luthier.method_options import AdapterMethod
 from luthier.methods import get_method
 from luthier.methods.base import trainable_parameters
 from luthier.methods.saved import fingerprint, load_saved
+from luthier.models.virtual import cache_name
 from luthier.pipeline import run
 from luthier.recipe import Recipe
 from luthier.training.fused import reference
@@ -152,7 +152,7 @@ def test_cached_generation_is_the_uncached(family):
     first = model(input_ids=ids()[:, :7], use_cache=True)
     steps, cache = [first.logits], first.past_key_values
     for token in ids()[:, 7:].split(1, dim=1):
-        steps.append(model(input_ids=token, **{_cache_name(model): cache}, use_cache=True).logits)
+        steps.append(model(input_ids=token, **{cache_name(model): cache}, use_cache=True).logits)
     torch.testing.assert_close(
         torch.cat(steps, 1), model(input_ids=ids(), use_cache=False).logits, rtol=1e-4, atol=1e-4
     )
