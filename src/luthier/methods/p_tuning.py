@@ -23,8 +23,8 @@ class PTuning(BeforeTheText):
 
     name = "p_tuning"
     trains = "a network that makes vectors before every text"
-    learning_rate = 1e-3
-    advice = Advice(learning_rate=(1e-4, 2e-3), epochs=(3, 30), examples=(100, 1_000))
+    learning_rate = 3e-4
+    advice = Advice(learning_rate=(1e-4, 5e-4), epochs=(3, 30), examples=(100, 1_000))
 
     def wrap(
         self,

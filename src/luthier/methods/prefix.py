@@ -28,7 +28,7 @@ class Prefix(BeforeTheText):
     name = "prefix"
     trains = "keys and values before every text, in every layer"
     learning_rate = 1e-3
-    advice = Advice(learning_rate=(1e-4, 5e-3), epochs=(3, 30), examples=(100, 1_000))
+    advice = Advice(learning_rate=(3e-4, 2e-3), epochs=(3, 30), examples=(100, 1_000))
 
     def check(self, recipe: Recipe) -> None:
         """See :meth:`TuningMethod.check`; also refuses gradient checkpointing, in which transformers drops caches."""

@@ -28,7 +28,7 @@ class Prompt(BeforeTheText):
     name = "prompt"
     trains = "vectors before every text"
     learning_rate = 1e-2
-    advice = Advice(learning_rate=(1e-3, 3e-1), epochs=(3, 30), examples=(100, 1_000))
+    advice = Advice(learning_rate=(3e-3, 1e-1), epochs=(3, 30), examples=(100, 1_000))
 
     def wrap(
         self,
