@@ -227,7 +227,7 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
             parity_prompts(ready.dataset, ready.tokenizer),
             candidate_tokenizer=reloaded.tokenizer,
             name="saved and reloaded",
-            exact=ready.method.exact,
+            exact=True,
         )
         require(parity)
         _remove(target)

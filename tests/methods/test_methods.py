@@ -220,10 +220,7 @@ def test_what_no_layer_answers_to_is_refused(options, message, family_dirs):
         get_method(options.name).wrap(load_model(family_dirs["llama"], dtype=torch.float32), options, [])
 
 
-def test_methods_refuse_what_they_cannot_do(family_dirs):
-    model = load_model(family_dirs["llama"], dtype=torch.float32)
-    with pytest.raises(UserError, match="IA3 trains no embeddings"):
-        get_method("ia3").wrap(model, options_of("ia3")(), [299])
+def test_methods_refuse_what_they_cannot_do():
     with pytest.raises(UserError, match="feedforward_modules names 'down_proj'"):
         Recipe.from_dict(
             {"method": {"name": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}}
@@ -231,10 +228,20 @@ def test_methods_refuse_what_they_cannot_do(family_dirs):
     for pattern, message in (({"(": 4}, "no regular expression"), ({"q_proj": 0}, "greater than or equal to 1")):
         with pytest.raises(UserError, match=message):
             Recipe.from_dict({"method": {"name": "lora", "rank_pattern": pattern}})
+    asked = {
+        "merges": {"deployment": {"merge": True}},
+        "embeds": {"model": {"added_tokens": ["<new>"]}},
+        "divides": {"training": {"sharding": "full"}},
+    }
     for name, method in METHODS.items():
-        recipe = Recipe.from_dict({"method": name, "deployment": {"merge": True}})
-        if method.merges:
-            method.check(recipe)
-        else:
-            with pytest.raises(UserError, match="merge"):
+        method.check(Recipe.from_dict({"method": name}))
+        for able, section in asked.items():
+            recipe = Recipe.from_dict({"method": name, **section})
+            if getattr(method, able):
                 method.check(recipe)
+            else:
+                words = {"merges": "merge", "embeds": "added tokens", "divides": "divided among processes"}
+                with pytest.raises(UserError, match=words[able]):
+                    method.check(recipe)
+    for able, refused in (("merges", "prompt"), ("embeds", "ia3"), ("divides", "qlora")):
+        assert getattr(METHODS["lora"], able) and not getattr(METHODS[refused], able)

@@ -27,6 +27,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora-accumulated": {"method": "lora", "batch": 2, "gradient_accumulation_steps": 2, "rows": 13},
     "full-few": {"method": "full", "rows": 9},
+    "lora-dora-plus": {"method": {"name": "lora", "use_dora": True, "loraplus_lr_ratio": 4}},
+    "ia3": {"method": "ia3"},
+    "adapter": {"method": "adapter"},
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "lora-rank-one": {"method": "lora", "r": 1},

@@ -79,7 +79,8 @@ def test_two_processes_train_as_one(two, one, name, sharding):
         torch.testing.assert_close(together["weights"][key], weight, rtol=1e-3, atol=1e-2 if half else 3e-4, msg=key)
 
 
-@pytest.mark.parametrize(("name", "sharding"), BOTH)
+# IA3's vectors are matrices of one row or of one column, and those of one row stay with the first process.
+@pytest.mark.parametrize(("name", "sharding"), [pair for pair in BOTH if pair != ("ia3", "full")])
 def test_each_process_holds_a_half_where_it_should(two, one, name, sharding):
     """Counted in memory: weights, trained or not, and the optimiser's moments."""
     alone = one(name)[0]["held"][0]

@@ -13,7 +13,7 @@ import torch
 
 from luthier.deployment.parity import ParityReport, check_parity, require, weigh_merge
 from luthier.errors import UserError
-from luthier.methods.base import peft_warnings_apart
+from luthier.methods import get_method
 from luthier.methods.saved import adapter_dtype, load_saved
 from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens, without_bars
 from luthier.models.quantized import QuantizedFrom, quantized_from
@@ -151,16 +151,14 @@ def _on_stored_base(model: Any, origin: QuantizedFrom, folder: Path) -> Any:
 
     The precision is the finer one of the stored weights and of the adapter, so that neither is rounded.
     """
-    from peft import PeftModel
-
-    model.save_pretrained(folder)
+    method = get_method("lora")  # what is beside quantised weights is a plain LoRA
+    method.save(model, folder)
     finest = torch.promote_types(origin.dtype, next(model.parameters()).dtype)
     base = load_model(origin.name, revision=origin.revision, dtype=finest)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows > base.get_input_embeddings().weight.shape[0]:  # type: ignore[index]
         base.resize_token_embeddings(rows, mean_resizing=False)
-    with peft_warnings_apart():
-        whole = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+    whole = method.load(base, folder)
     shutil.rmtree(folder)
     return whole.eval()
 

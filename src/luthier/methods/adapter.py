@@ -32,14 +32,10 @@ class Adapter(TuningMethod):
     trains = "bottleneck layers, whose nonlinearity no weight of the base can take up"
     learning_rate = 5e-4
     advice = Advice(learning_rate=(1e-4, 1e-3), epochs=(1, 5), examples=rows_for("lora", "a light adaptation"))
-    # The others want a new head trained beside the adapters, or have a decoder with a third branch.
-    tasks = frozenset({TaskType.CAUSAL_LM, TaskType.INSTRUCTION})
 
     def check(self, recipe: Recipe) -> None:
         """See :meth:`TuningMethod.check`."""
         super().check(recipe)
-        if recipe.model.added_tokens:
-            _refuse_tokens()
         options = recipe.method
         if isinstance(options, AdapterMethod) and options.target_modules and options.placement != "houlsby":
             raise UserError(
@@ -56,8 +52,6 @@ class Adapter(TuningMethod):
         task: TaskType = TaskType.CAUSAL_LM,
     ) -> torch.nn.Module:
         """See :meth:`TuningMethod.wrap`."""
-        if new_token_ids:
-            _refuse_tokens()
         config = BottleneckConfig(
             target_modules=places(model, options.placement, options.target_modules),
             reduction_factor=options.reduction_factor,
@@ -66,14 +60,12 @@ class Adapter(TuningMethod):
         )
         return BottleneckModel(model, config)
 
+    def kept_values(self, options: AdapterMethod, hidden: int, inner: int) -> int:
+        """See :meth:`TuningMethod.kept_values`."""
+        # The layer's output, and the inner values before and after the activation and after dropout.
+        sites = 2 if options.placement == "houlsby" else 1
+        return sites * (hidden + 3 * max(1, hidden // options.reduction_factor))
+
     def load(self, base: PreTrainedModel, folder: Path) -> torch.nn.Module:
         """See :meth:`TuningMethod.load`."""
         return BottleneckModel.from_pretrained(base, folder)
-
-
-def _refuse_tokens() -> None:
-    raise UserError(
-        "method adapter does not train the embeddings of added tokens",
-        where="model.added_tokens",
-        remedy="use method.name=lora, which trains them beside its matrices, or add no tokens",
-    )

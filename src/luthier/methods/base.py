@@ -41,25 +41,22 @@ class TuningMethod:
         trains: what it trains, in a few words.
         adapter: True where a small adapter is saved beside an untouched base; False where the whole model is.
         merges: True where the adapter can become part of the base's weights.
-        exact: True where the saved adapter, loaded again, gives the trained model's logits bit for bit; False where
-            it does within the rounding of the weights.
-        divides: False where the model cannot be divided among processes (FSDP2, DeepSpeed).
+        embeds: True where embeddings of tokens that are added to the vocabulary are trained.
+        divides: True where the model can be divided among processes (FSDP2, DeepSpeed).
         learning_rate: default peak learning rate.
         weight_decay: default weight decay.
         advice: ranges that usually work.
-        tasks: what a model can learn in this way.
     """
 
     name: ClassVar[str]
     trains: ClassVar[str]
     adapter: ClassVar[bool] = True
     merges: ClassVar[bool] = False
-    exact: ClassVar[bool] = True
+    embeds: ClassVar[bool] = False
     divides: ClassVar[bool] = True
     learning_rate: ClassVar[float]
     weight_decay: ClassVar[float] = 0.0
     advice: ClassVar[Advice]
-    tasks: ClassVar[frozenset[TaskType]] = frozenset(TaskType)
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what this method cannot do, before anything is loaded.
@@ -67,12 +64,17 @@ class TuningMethod:
         Raises:
             UserError: the recipe asks for it; the message says what to use instead.
         """
-        if TaskType(recipe.task) not in self.tasks:
-            known = [name for name, method in METHODS.items() if TaskType(recipe.task) in method.tasks]
+        if recipe.model.added_tokens and not self.embeds:
             raise UserError(
-                f"method {self.name} does not tune for the task {recipe.task}",
-                where="method.name",
-                remedy=f"use one of {', '.join(known)}",
+                f"method {self.name} does not train the embeddings of added tokens",
+                where="model.added_tokens",
+                remedy="use method.name=lora, which trains them, or add no tokens",
+            )
+        if recipe.training.sharding == "full" and not self.divides:
+            raise UserError(
+                f"a model that is tuned by method {self.name} cannot be divided among processes",
+                where="training.sharding",
+                remedy="set it to none, or use method.name=lora",
             )
         if recipe.deployment.merge:
             self.require_merging()
@@ -112,7 +114,8 @@ class TuningMethod:
         Args:
             model: the base, on the CPU; changed in place.
             options: this method's section of the recipe.
-            new_token_ids: tokens that were added to the vocabulary, whose embeddings are to be trained.
+            new_token_ids: tokens that were added to the vocabulary, whose embeddings are to be trained; none where
+                the method does not (:meth:`check` has refused them).
             task: what the model learns.
 
         Raises:
@@ -123,6 +126,16 @@ class TuningMethod:
     def rates(self, names: Iterable[str], options: Any) -> dict[str, float]:
         """Factors of the learning rate, for those of the trained parameters that learn at another than the recipe's."""
         return {}
+
+    def kept_values(self, options: Any, hidden: int, inner: int) -> int:
+        """Values a token that the backward pass wants of each layer, beside what the layer itself keeps of them.
+
+        Args:
+            options: this method's section of the recipe.
+            hidden: width of the model.
+            inner: width of its MLPs.
+        """
+        return 0
 
     def save(self, model: Any, folder: Path) -> None:
         """Write what was trained into a folder that :meth:`load` takes, in the form that other tools load."""
@@ -156,8 +169,15 @@ def peft_task(task: TaskType) -> str | None:
     return _PEFT_TASKS[task]
 
 
-def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str) -> torch.nn.Module:
+def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str, *, where: str, remedy: str) -> torch.nn.Module:
     """The model in PEFT's wrapper.
+
+    Args:
+        model: the base.
+        config: what PEFT is to add.
+        method: its name, for the message.
+        where: the field to mend where it does not fit.
+        remedy: how.
 
     Raises:
         UserError: the configuration does not fit the model.
@@ -169,11 +189,9 @@ def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str) -> torch.n
         # optimiser keeps it in float32 (training.optimiser), where small updates survive.
         with peft_warnings_apart():
             return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
-            f"{method} does not fit this model: {str(error).splitlines()[0]}",
-            where="method.target_modules",
-            remedy="use all-linear, or the names of linear layers of this model",
+            f"{method} does not fit this model: {str(error).splitlines()[0]}", where=where, remedy=remedy
         ) from None
 
 

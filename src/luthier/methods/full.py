@@ -22,6 +22,7 @@ class Full(TuningMethod):
     name = "full"
     trains = "the whole model"
     adapter = False
+    embeds = True
     learning_rate = 2e-5
     weight_decay = 0.01
     advice = Advice(

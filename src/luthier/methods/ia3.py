@@ -40,12 +40,6 @@ class Ia3(TuningMethod):
         """See :meth:`TuningMethod.wrap`."""
         from peft import IA3Config
 
-        if new_token_ids:
-            raise UserError(
-                "IA3 trains no embeddings, so the new tokens would stay as they began",
-                where="model.added_tokens",
-                remedy="use method.name=lora, which trains theirs",
-            )
         targets, feedforward = options.target_modules, options.feedforward_modules
         if not targets:
             targets, feedforward = _layers_of(model)
@@ -54,7 +48,13 @@ class Ia3(TuningMethod):
             target_modules=targets,
             feedforward_modules=feedforward,
         )
-        return wrapped_by_peft(model, config, "IA3")
+        return wrapped_by_peft(
+            model,
+            config,
+            "IA3",
+            where="method.target_modules",
+            remedy="name linear layers of this model, or leave it empty",
+        )
 
 
 def _layers_of(model: PreTrainedModel) -> tuple[list[str], list[str]]:

@@ -29,6 +29,7 @@ class Lora(TuningMethod):
     name = "lora"
     trains = "low-rank matrices beside frozen weights"
     merges = True
+    embeds = True
     learning_rate = 2e-4
     advice = Advice(
         learning_rate=(1e-4, 2e-4), epochs=(1, 3), examples=rows_for("lora", "a light adaptation"), rank=(4, 16)
@@ -64,12 +65,22 @@ class Lora(TuningMethod):
             use_dora=options.use_dora,
             **extra,
         )
-        wrapped = wrapped_by_peft(model, config, "LoRA")
+        wrapped = wrapped_by_peft(
+            model,
+            config,
+            "LoRA",
+            where="method.target_modules",
+            remedy="use all-linear, or the names of linear layers of this model",
+        )
         base = wrapped.get_base_model()  # type: ignore[operator]
         adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
         for field in ("rank_pattern", "alpha_pattern"):
             _require_matches(getattr(options, field), adapted, f"method.{field}")
         return wrapped
+
+    def kept_values(self, options: LoraMethod, hidden: int, inner: int) -> int:
+        """See :meth:`TuningMethod.kept_values`: the matrices' own inputs after dropout, seven places a layer."""
+        return (5 * hidden + 2 * inner if options.lora_dropout else 0) + 14 * options.r
 
     def rates(self, names: Iterable[str], options: LoraMethod) -> dict[str, float]:
         """See :meth:`TuningMethod.rates`; LoRA+ lets B learn faster."""

@@ -44,4 +44,4 @@ class PTuning(BeforeTheText):
             encoder_num_layers=options.encoder_num_layers,
             encoder_dropout=options.encoder_dropout,
         )
-        return self.wrapped(model, config, new_token_ids)
+        return self.wrapped(model, config)

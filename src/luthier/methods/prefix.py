@@ -56,4 +56,4 @@ class Prefix(BeforeTheText):
             prefix_projection=options.prefix_projection,
             encoder_hidden_size=options.encoder_hidden_size or model.config.get_text_config().hidden_size,
         )
-        return self.wrapped(model, config, new_token_ids)
+        return self.wrapped(model, config)

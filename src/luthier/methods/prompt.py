@@ -45,7 +45,7 @@ class Prompt(BeforeTheText):
             num_virtual_tokens=options.num_virtual_tokens,
             prompt_tuning_init="SAMPLE_VOCAB",
         )
-        wrapped = self.wrapped(model, config, new_token_ids)
+        wrapped = self.wrapped(model, config)
         if options.prompt_tuning_init_text is not None:
             _begin_as(wrapped, options.prompt_tuning_init_text)
         return wrapped

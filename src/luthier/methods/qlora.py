@@ -41,12 +41,6 @@ class Qlora(Lora):
         """See :meth:`TuningMethod.check`."""
         super().check(recipe)
         require_bitsandbytes()
-        if recipe.training.sharding == "full":
-            raise UserError(
-                "quantised weights cannot be divided among processes",
-                where="training.sharding",
-                remedy="set it to none, or use method.name=lora",
-            )
 
     def quantization(self, options: QloraMethod) -> Quantization:
         """See :meth:`TuningMethod.quantization`."""

@@ -15,7 +15,6 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
-from luthier.method_options import AdapterMethod, LoraMethod
 from luthier.methods.base import TuningMethod, get_method, parameter_counts
 from luthier.models.quantized import held_bytes
 from luthier.models.virtual import own_logits
@@ -97,14 +96,7 @@ def _kept_a_layer(recipe: Recipe, model: torch.nn.Module, loss_function: LossFun
         return hidden * size
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     values = 8 * hidden + 4 * inner
-    if isinstance(recipe.method, LoraMethod):
-        # The adapters' own inputs after dropout, seven places a layer.
-        values += (5 * hidden + 2 * inner if recipe.method.lora_dropout else 0) + 14 * recipe.method.r
-    if isinstance(recipe.method, AdapterMethod):
-        # The layer's output, and the inner values before and after the activation and after dropout.
-        sites = 2 if recipe.method.placement == "houlsby" else 1
-        values += sites * (hidden + 3 * max(1, hidden // recipe.method.reduction_factor))
-    return values * size
+    return (values + get_method(recipe.method.name).kept_values(recipe.method, hidden, inner)) * size
 
 
 def check_room(needs: Needs, run_dir: Path, device: torch.device, sharers: int = 1) -> Iterator[Finding]:
@@ -185,7 +177,7 @@ def check_settings(recipe: Recipe, method: TuningMethod, plan: Plan, rows: int) 
             "a higher rank wants more rows; compare it with method.r=8",
         )
     if 0 < rows < advice.examples[0]:
-        other = "" if method.name == "lora" else ", or use method.name=lora, which wants fewer"
+        other = "" if method.adapter else ", or use method.name=lora, which wants fewer"
         yield Finding(
             "few_rows",
             "warning",
