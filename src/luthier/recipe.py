@@ -432,12 +432,18 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
     """The first few problems of a recipe, each named with its key, its value and the nearest right key."""
     problems: list[str] = []
     for item in error.errors()[:5]:
-        # Discriminated unions put their tag into the path; it is no key of the file.
-        location = [str(part) for part in item["loc"] if part not in METHODS_BY_NAME]
+        location = [str(part) for part in item["loc"]]
+        method = None
+        if location[:1] == ["method"] and location[1:2] and location[1] in METHODS_BY_NAME:
+            # The union of methods puts the method's name into the path; it is no key of the file.
+            method = METHODS_BY_NAME[location.pop(1)]
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
-            near = _nearest(location)
+            near = _nearest(location, method)
             hint = f"; did you mean {near!r}?" if near else ""
+            if method is not None and any(location[-1] in kind.model_fields for kind in METHODS_BY_NAME.values()):
+                fields = [field for field in method.model_fields if field != "name"]
+                hint = f"; {method.model_fields['name'].default} has {', '.join(fields) or 'none'}"
             problems.append(f"unknown key {key!r}{hint}")
         elif item["type"] == "union_tag_invalid":
             known = ", ".join(METHODS_BY_NAME)
@@ -450,9 +456,11 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
     return UserError(what, where=where, remedy="mend the recipe; its reference is docs/recipe.md")
 
 
-def _nearest(location: list[str]) -> str | None:
-    """The known key closest to an unknown one: in its own section first, then anywhere."""
+def _nearest(location: list[str], method: type[Section] | None) -> str | None:
+    """The known key closest to an unknown one: in its own section first, then anywhere; of methods, the chosen one."""
     keys = list(known_keys())
+    if method is not None:
+        keys = [k for k in keys if not k.startswith("method.")] + [f"method.{field}" for field in method.model_fields]
     prefix = ".".join(location[:-1])
     siblings = [k for k in keys if k.rpartition(".")[0] == prefix]
     for candidates, cutoff in ((siblings, 60), (keys, 75)):
