@@ -18,6 +18,7 @@ from rapidfuzz import process
 from luthier.errors import UserError, shorten
 from luthier.method_options import METHODS_BY_NAME, LoraMethod, Method
 from luthier.section import Section
+from luthier.task_options import TASKS_BY_NAME, CausalTask, Task
 
 
 class ModelSection(Section):
@@ -276,9 +277,8 @@ class DeploymentSection(Section):
 class Recipe(Section):
     """Everything a run needs."""
 
-    task: Literal["causal_lm", "instruction"] = "causal_lm"
-    """What the model learns: to answer, and to go on with texts that are no answers; or instructions, where every row
-    must have an answer."""
+    task: Task = Field(default_factory=CausalTask)
+    """What the model learns."""
     model: ModelSection = Field(default_factory=ModelSection)
     """The model to tune."""
     data: DataSection = Field(default_factory=DataSection)
@@ -298,14 +298,15 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _method_by_name(cls, value: Any) -> Any:
-        """``method: lora`` is short for ``method: {name: lora}``; the name may be left out for LoRA."""
-        if isinstance(value, dict) and "method" in value:
-            method = value["method"]
-            if isinstance(method, str):
-                value = {**value, "method": {"name": method}}
-            elif isinstance(method, dict) and "name" not in method:
-                value = {**value, "method": {"name": "lora", **method}}
+    def _by_name(cls, value: Any) -> Any:
+        """``method: lora`` is short for ``method: {name: lora}``, ``task`` is alike; LoRA's name may be left out."""
+        for section, usual in (("method", "lora"), ("task", "causal_lm")):
+            if isinstance(value, dict) and section in value:
+                given = value[section]
+                if isinstance(given, str):
+                    value = {**value, section: {"name": given}}
+                elif isinstance(given, dict) and "name" not in given:
+                    value = {**value, section: {"name": usual, **given}}
         return value
 
     @classmethod
@@ -378,6 +379,10 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
+# Sections that are one of several kinds, by their names.
+_NAMED: dict[str, dict[str, type[Section]]] = {"method": METHODS_BY_NAME, "task": TASKS_BY_NAME}
+
+
 def _anchored(path: str, folder: Path) -> str:
     expanded = Path(path).expanduser()
     return str(expanded if expanded.is_absolute() else folder / expanded)
@@ -408,7 +413,7 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
         *sections, last = key.strip().split(".")
         for section in sections:
             child = node.setdefault(section, {})
-            if isinstance(child, str) and section == "method":
+            if isinstance(child, str) and section in _NAMED:
                 child = node[section] = {"name": child}
             if not isinstance(child, dict):
                 raise UserError(f"override {override!r}: {section!r} is a value, not a section")
@@ -433,21 +438,22 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
     problems: list[str] = []
     for item in error.errors()[:5]:
         location = [str(part) for part in item["loc"]]
-        method = None
-        if location[:1] == ["method"] and location[1:2] and location[1] in METHODS_BY_NAME:
-            # The union of methods puts the method's name into the path; it is no key of the file.
-            method = METHODS_BY_NAME[location.pop(1)]
+        kinds = _NAMED.get(location[0], {}) if location else {}
+        chosen = None
+        if location[1:2] and location[1] in kinds:
+            # A union puts the chosen one's name into the path; it is no key of the file.
+            chosen = kinds[location.pop(1)]
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
-            near = _nearest(location, method)
+            near = _nearest(location, chosen)
             hint = f"; did you mean {near!r}?" if near else ""
-            if method is not None and any(location[-1] in kind.model_fields for kind in METHODS_BY_NAME.values()):
-                fields = [field for field in method.model_fields if field != "name"]
-                hint = f"; {method.model_fields['name'].default} has {', '.join(fields) or 'none'}"
+            if chosen is not None and any(location[-1] in kind.model_fields for kind in kinds.values()):
+                fields = [field for field in chosen.model_fields if field != "name"]
+                hint = f"; {chosen.model_fields['name'].default} has {', '.join(fields) or 'none'}"
             problems.append(f"unknown key {key!r}{hint}")
         elif item["type"] == "union_tag_invalid":
-            known = ", ".join(METHODS_BY_NAME)
-            problems.append(f"{key}.name: unknown method {shorten(item['input'].get('name'))}; known: {known}")
+            known = ", ".join(kinds)
+            problems.append(f"{key}.name: unknown {key} {shorten(item['input'].get('name'))}; known: {known}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{key or 'recipe'}: {message[:1].lower()}{message[1:]} (got {shorten(item['input'])})")
@@ -456,11 +462,13 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
     return UserError(what, where=where, remedy="mend the recipe; its reference is docs/recipe.md")
 
 
-def _nearest(location: list[str], method: type[Section] | None) -> str | None:
+def _nearest(location: list[str], chosen: type[Section] | None) -> str | None:
     """The known key closest to an unknown one: in its own section first, then anywhere; of methods, the chosen one."""
     keys = list(known_keys())
-    if method is not None:
-        keys = [k for k in keys if not k.startswith("method.")] + [f"method.{field}" for field in method.model_fields]
+    if chosen is not None:
+        section = location[0]
+        keys = [k for k in keys if not k.startswith(f"{section}.")]
+        keys += [f"{section}.{field}" for field in chosen.model_fields]
     prefix = ".".join(location[:-1])
     siblings = [k for k in keys if k.rpartition(".")[0] == prefix]
     for candidates, cutoff in ((siblings, 60), (keys, 75)):

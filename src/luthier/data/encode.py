@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class EncodedExample:
     """Which example of its part it comes from; several share one where a long text was split."""
     cut: int = 0
     """Trained tokens lost because the example was longer than ``max_length``."""
+    extra: tuple[int, ...] = ()
+    """What a task keeps of a row beside its tokens: for classification the numbers of its classes."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -56,6 +58,7 @@ class EncodedRow:
     source: Source | None
     index: int
     cut: int = 0
+    extra: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -106,6 +109,22 @@ class Encoder:
         self._met = 0
         self._by_words = 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the ids of an example beside the tokenizer; :meth:`made` takes them."""
+        renderer = self.renderer
+        return {
+            "rendering": {k: getattr(renderer, k) for k in ("system", "train_on", "allow_special_tokens")},
+            "max_length": self.max_length,
+            "truncation": self.truncation,
+        }
+
+    @classmethod
+    def made(cls, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], *, by_words: bool) -> Encoder:
+        """The encoder of these settings, in another process."""
+        limits = {k: settings[k] for k in ("max_length", "truncation")}
+        return cls(Renderer(tokenizer, **settings["rendering"]), by_words=by_words, **limits)
+
     def encode(self, examples: Sequence[TrainingExample], *, chunk: int = 1000) -> Encoded:
         """Every example as token ids, or as a reject that says why not."""
         result = Encoded()
@@ -129,7 +148,7 @@ class Encoder:
                 yield row
             else:
                 trained = mask(row.runs, len(row.input_ids))
-                yield EncodedExample(row.input_ids, trained, row.source, row.index, row.cut)
+                yield EncodedExample(row.input_ids, trained, row.source, row.index, row.cut, row.extra)
 
     def rows(
         self, examples: Iterable[TrainingExample], *, first: int = 0, chunk: int = 1000
@@ -172,9 +191,9 @@ class Encoder:
                 rendered[-1] = whole
             except UnicodeEncodeError as error:
                 message = f"the text has half a character (a lone surrogate) at {error.start:,}"
-                refused[number] = _reject(example, "half_character", message, "mend the text")
+                refused[number] = reject(example, "half_character", message, "mend the text")
             except RenderError as error:
-                refused[number] = _reject(example, error.reason, str(error), error.remedy)
+                refused[number] = reject(example, error.reason, str(error), error.remedy)
         tokenised = iter(self._tokenise([r for r in rendered if r is not None]))
         for number, (example, whole_or_none) in enumerate(zip(examples, rendered, strict=True)):
             if whole_or_none is None:
@@ -183,7 +202,7 @@ class Encoder:
             ids, runs, lost = next(tokenised)
             if lost:
                 message = f"the model's vocabulary has no token for {shorten(lost)}, which would vanish from the text"
-                yield _reject(example, "characters_lost", message, "take these characters out")
+                yield reject(example, "characters_lost", message, "take these characters out")
                 continue
             yield from self._fit(EncodedRow(ids, between(runs, 1, len(ids)), example.source, first + number), example)
 
@@ -255,7 +274,7 @@ class Encoder:
                     yield EncodedRow(ids[begin:end], runs, row.source, row.index)
                 return
             if self.truncation != "cut":
-                yield _reject(
+                yield reject(
                     example,
                     "too_long",
                     f"the row has {len(ids):,} tokens, more than data.max_length={limit:,}",
@@ -265,7 +284,7 @@ class Encoder:
             lost = sum(b - a for a, b in between(row.runs, limit, len(ids)))
             row = EncodedRow(ids[:limit], between(row.runs, 1, limit), row.source, row.index, cut=lost)
         if not row.runs:
-            yield _reject(
+            yield reject(
                 example,
                 "nothing_trained",
                 "no token of the row would be trained"
@@ -335,7 +354,8 @@ def mask(runs: Iterable[Run], length: int) -> np.ndarray:
     return trained
 
 
-def _reject(example: TrainingExample, reason: str, message: str, remedy: str | None) -> Reject:
+def reject(example: TrainingExample, reason: str, message: str, remedy: str | None) -> Reject:
+    """An example refused, with the beginning of its text."""
     source = example.source or UNKNOWN_SOURCE
     value = example.input or (str(example.messages[-1].get("content")) if example.messages else "")
     shown = shorten(value).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -24,7 +24,6 @@ import numpy as np
 from luthier.data.encode import EncodedExample, EncodedRow, Encoder, WordsDiffer, mask
 from luthier.data.examples import Reject, Source, TrainingExample
 from luthier.data.parallel import over_pieces
-from luthier.data.render import Renderer
 from luthier.data.store import Chosen, digest, release, remove_work, work_folder
 from luthier.errors import UserError
 from luthier.runfolder import cache_root
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1_000
 _KEPT_BYTES = 20 * 2**30
-_COLUMNS = ("ids", "runs", "index", "cut", "file", "line")
+_COLUMNS = ("ids", "runs", "extra", "index", "cut", "file", "line")
 
 
 class EncodedRows(Sequence[EncodedExample]):
@@ -114,12 +113,13 @@ class EncodedRows(Sequence[EncodedExample]):
                 number += 1
 
     def _row(self, views: tuple[np.ndarray, ...], part: int, within: int, number: int) -> EncodedExample:
-        ids, ids_at, runs, runs_at, cut, file, line = views
+        ids, ids_at, runs, runs_at, extra, extra_at, cut, file, line = views
         found = ids[ids_at[within] : ids_at[within + 1]]
         ends = runs[runs_at[within] : runs_at[within + 1]].tolist()
         trained = mask(zip(ends[::2], ends[1::2], strict=True), len(found))
         place = Source(self._names[part][file[within]], int(line[within])) if file[within] >= 0 else None
-        return EncodedExample(found, trained, place, int(self._index[number]), int(cut[within]))
+        more = tuple(extra[extra_at[within] : extra_at[within + 1]].tolist())
+        return EncodedExample(found, trained, place, int(self._index[number]), int(cut[within]), more)
 
 
 def lengths_of(rows: Sequence[EncodedExample]) -> np.ndarray:
@@ -135,7 +135,7 @@ def trained_of(rows: Sequence[EncodedExample]) -> int:
 def _views(batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
     """The columns of a batch as arrays over its memory."""
     views: list[np.ndarray] = []
-    for name in ("ids", "runs"):
+    for name in ("ids", "runs", "extra"):
         column = batch.column(name)
         views += [column.values.to_numpy(), column.offsets.to_numpy()]
     return (*views, *(batch.column(name).to_numpy() for name in ("cut", "file", "line")))
@@ -212,7 +212,7 @@ def cache_key(encoder: Encoder, examples: Iterable[TrainingExample]) -> str:
     import tokenizers
     import transformers
 
-    renderer, tokenizer = encoder.renderer, encoder.tokenizer
+    tokenizer = encoder.tokenizer
     code = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.read_bytes())
@@ -221,8 +221,7 @@ def cache_key(encoder: Encoder, examples: Iterable[TrainingExample]) -> str:
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest(),
         "special": sorted(map(str, tokenizer.all_special_tokens)),
         "template": tokenizer.chat_template,
-        "renderer": [renderer.system, renderer.train_on, renderer.allow_special_tokens],
-        "limits": [encoder.max_length, encoder.truncation],
+        "encoder": [type(encoder).__name__, encoder.settings],
         "code": code.hexdigest(),
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
@@ -230,13 +229,7 @@ def cache_key(encoder: Encoder, examples: Iterable[TrainingExample]) -> str:
 
 
 def _write(encoder: Encoder, examples: Sequence[TrainingExample], folder: Path, processes: int | None) -> None:
-    renderer = encoder.renderer
-    write = _Writer(
-        encoder.tokenizer,
-        {k: getattr(renderer, k) for k in ("system", "train_on", "allow_special_tokens")},
-        {"max_length": encoder.max_length, "truncation": encoder.truncation, "by_words": encoder.by_words},
-        folder,
-    )
+    write = _Writer(type(encoder), encoder.tokenizer, encoder.settings, encoder.by_words, folder)
     written = over_pieces(write, examples, processes=processes)
     with (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
         for piece in written:
@@ -258,14 +251,15 @@ class _Piece:
 class _Writer:
     """Encodes pieces of the rows; sent to other processes before its encoder is made."""
 
+    kind: type[Encoder]
     tokenizer: PreTrainedTokenizerBase
-    rendering: dict[str, Any]
     settings: dict[str, Any]
+    by_words: bool
     folder: Path
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(Renderer(self.tokenizer, **self.rendering), **self.settings)
+        return self.kind.made(self.tokenizer, self.settings, by_words=self.by_words)
 
     def __call__(self, examples: Sequence[TrainingExample], first: int) -> _Piece:
         return _write_part(self._encoder.rows(examples, first=first), self.folder / f"rows-{first}.arrow")
@@ -275,7 +269,7 @@ def _write_part(rows: Iterable[EncodedRow | Reject], path: Path) -> _Piece:
     import pyarrow as pa
 
     numbers = pa.list_(pa.int32())
-    kinds = (numbers, numbers, pa.int64(), pa.int32(), pa.int32(), pa.int64())
+    kinds = (numbers, numbers, numbers, pa.int64(), pa.int32(), pa.int32(), pa.int64())
     schema = pa.schema(list(zip(_COLUMNS, kinds, strict=True)))
     files: dict[str, int] = {}
     rejects: list[Reject] = []
@@ -289,6 +283,7 @@ def _write_part(rows: Iterable[EncodedRow | Reject], path: Path) -> _Piece:
         columns = [
             _lists([len(row.input_ids) for row in waiting], np.concatenate([row.input_ids for row in waiting])),
             _lists([2 * len(row.runs) for row in waiting], ends),
+            _lists([len(row.extra) for row in waiting], np.array([n for row in waiting for n in row.extra], np.int32)),
             pa.array([row.index for row in waiting], pa.int64()),
             pa.array([row.cut for row in waiting], pa.int32()),
             pa.array([file for file, _ in places], pa.int32()),

@@ -15,7 +15,7 @@ def fingerprint(model: Any) -> str:
     """A cheap SHA-256 of a model: its parameters' names and shapes, and a few values of each, as bfloat16.
 
     The same weights in float32 and bfloat16 have the same fingerprint. Adapter parameters do not count, nor do
-    embeddings, which grow with added tokens. A quantised base has that of the weights that it was quantised from.
+    embeddings, which grow with added tokens, nor modules that no weights were found for (see ``models.heads``). A quantised base has that of the weights that it was quantised from.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     origin = getattr(base, "quantized_from", None)
@@ -23,8 +23,9 @@ def fingerprint(model: Any) -> str:
         return str(origin.fingerprint)
     digest = hashlib.sha256()
     vocabulary = base.get_input_embeddings().weight.shape[0]
+    fresh = tuple(f"{name}." for name in getattr(base, "fresh_modules", ()))
     for name, parameter in base.named_parameters():
-        if any(part in name for part in _ADDED):
+        if any(part in name for part in _ADDED) or name.startswith(fresh):
             continue
         if parameter.shape[0] == vocabulary:
             continue

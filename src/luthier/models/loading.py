@@ -14,6 +14,7 @@ from luthier.data.render import PLAIN_TEMPLATE, end_of_turn_ids
 from luthier.errors import UserError
 from luthier.models.catalogue import CATALOGUE, embedded_model_folder
 from luthier.models.fingerprint import fingerprint
+from luthier.models.heads import Head, fresh_modules, modules_of
 from luthier.models.quantized import Quantization, QuantizedFrom, require_bitsandbytes, settle
 
 if TYPE_CHECKING:
@@ -65,9 +66,15 @@ def training_dtype(choice: str = "auto", device: torch.device | None = None) -> 
 
 
 def load_tokenizer(
-    name: str | Path, *, revision: str | None = None, chat_template: str | None = None
+    name: str | Path, *, revision: str | None = None, chat_template: str | None = None, chats: bool = True
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer, with a chat template: its own, the file named, or a documented plain format.
+
+    Args:
+        name: embedded name, folder, GGUF file or hub id.
+        revision: branch, tag or commit of a hub model.
+        chat_template: a Jinja file.
+        chats: whether it needs a template at all.
 
     Raises:
         UserError: nothing is found under that name, or the template file cannot be read.
@@ -89,12 +96,25 @@ def load_tokenizer(
                 where="model.chat_template",
                 remedy="name a Jinja file",
             ) from None
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and chats:
         tokenizer.chat_template = PLAIN_TEMPLATE
     if tokenizer.pad_token is None:
         # Padding is masked everywhere; which token stands there does not matter.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(name: str | Path, *, revision: str | None = None) -> Any:
+    """A model's config.
+
+    Raises:
+        UserError: nothing is found under that name.
+    """
+    from transformers import AutoConfig
+
+    place, options = _place(resolve_model(name), revision)
+    with _explained(name):
+        return AutoConfig.from_pretrained(place, **options)
 
 
 def load_model(
@@ -103,27 +123,34 @@ def load_model(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     quantization: Quantization | None = None,
+    head: Head | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, in eval mode.
+    """A model, in eval mode. Modules that no weights are found for are named in its attribute ``fresh_modules``.
 
     Args:
         name: embedded name, folder, GGUF file or hub id.
         dtype: precision of the weights; None: as stored.
         revision: branch, tag or commit of a hub model.
         quantization: how its linear layers' weights are held; None: as they are.
+        head: what stands on its body; None: what it was saved with, the head of a causal language model as a rule.
 
     Raises:
-        UserError: nothing is found under that name, or its files are incomplete.
+        UserError: nothing is found under that name, its files are incomplete, or it can have no such head.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
     place, options = _place(resolve_model(name), revision)
+    if head is None:
+        head = Head.of_config(load_config(name, revision=revision))
     if quantization is not None:
-        return _quantized(name, place, options, dtype, revision, quantization)
+        return _quantized(name, place, options, dtype, revision, quantization, head)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _explained(name), without_bars():
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **options)
+    with _explained(name), without_bars(), _quiet(head):
+        model, told = head.loader().from_pretrained(
+            place, dtype=dtype or "auto", output_loading_info=True, **options, **head.options()
+        )
+    model.fresh_modules = modules_of(model, told["missing_keys"])
     if "gguf_file" in options:
         model.name_or_path = resolve_model(name)
     elif Path(place).is_dir():
@@ -139,10 +166,9 @@ def _quantized(
     dtype: torch.dtype | None,
     revision: str | None,
     quantization: Quantization,
+    head: Head,
 ) -> PreTrainedModel:
     """See :func:`load_model`; ``dtype`` is the precision of what is not quantised, and of products."""
-    from transformers import AutoModelForCausalLM
-
     require_bitsandbytes()
     if "gguf_file" in options:
         raise UserError(
@@ -151,7 +177,7 @@ def _quantized(
             remedy="name a folder or a hub id that holds the weights as safetensors, or use method.name=lora",
         )
     # The weights are read as they are stored, which maps the file into memory and keeps none of them.
-    plain = load_model(name, revision=revision)
+    plain = load_model(name, revision=revision, head=head)
     if getattr(plain.config, "quantization_config", None) is not None:
         raise UserError(
             f"{str(name)!r} is stored quantised already",
@@ -159,18 +185,19 @@ def _quantized(
             remedy="name the model that it was quantised from",
         )
     origin = QuantizedFrom(str(name), revision, quantization, plain.dtype, fingerprint(plain))
-    place_of_plain = plain.name_or_path
+    place_of_plain, fresh = plain.name_or_path, fresh_modules(plain)
     del plain
-    with _explained(name), without_bars():
-        model = AutoModelForCausalLM.from_pretrained(
+    with _explained(name), without_bars(), _quiet(head):
+        model = head.loader().from_pretrained(
             place,
             dtype=dtype or origin.dtype,
-            quantization_config=quantization.config(dtype or origin.dtype),
+            quantization_config=quantization.config(dtype or origin.dtype, whole=fresh),
             # Quantised on the CPU like all bases are loaded, where a GPU may not hold what is not yet quantised.
             device_map={"": "cpu"},
             **options,
+            **head.options(),
         )
-    model.name_or_path = place_of_plain
+    model.name_or_path, model.fresh_modules = place_of_plain, fresh
     return settle(model, origin).eval()
 
 
@@ -188,13 +215,28 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _quiet(head: Head) -> Iterator[None]:
+    """Without the report on weights of another head than the one asked for, which is meant."""
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    if not head.writes:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+
+
 def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Make generation stop where an answer ends; the ids that were missing are returned.
 
     A model whose generation config lacks the template's end-of-turn talks on after its answer once served.
     """
     config = model.generation_config
-    assert config is not None
+    if config is None or not Head.of(model).writes:
+        return []
     eos = config.eos_token_id
     known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     missing = [i for i in end_of_turn_ids(tokenizer) if i not in known]

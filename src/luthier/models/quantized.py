@@ -7,6 +7,7 @@ Dettmers et al., 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:23
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,21 +29,23 @@ class Quantization:
     double_quant: bool = True
     """The scales of blocks of 4-bit weights are quantised as well."""
 
-    def config(self, compute: torch.dtype) -> BitsAndBytesConfig:
+    def config(self, compute: torch.dtype, whole: Sequence[str] = ()) -> BitsAndBytesConfig:
         """For transformers; embeddings and output head stay as they are, which is its default.
 
         Args:
             compute: precision that weights are unpacked to for a product.
+            whole: modules that stay as they are, in the place of the output head; none: that default.
         """
         from transformers import BitsAndBytesConfig
 
         if self.bits == 8:
-            return BitsAndBytesConfig(load_in_8bit=True)
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(whole) or None)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=list(whole) or None,
         )
 
 

@@ -444,10 +444,11 @@ class Trainer:
 
 
 def rows_sha256(rows: Sequence[EncodedExample]) -> str:
-    """SHA-256 of encoded rows: their ids, trained tokens and order."""
+    """SHA-256 of encoded rows: their ids, trained tokens, what else belongs to them, and order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(row.input_ids.tobytes())
         digest.update(row.trained.tobytes())
+        digest.update(np.array(row.extra, dtype=np.int32).tobytes())
     return digest.hexdigest()
