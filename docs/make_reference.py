@@ -10,6 +10,10 @@ from luthier import recipe
 
 SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
     ("", recipe.Recipe, "The whole: sections, and two keys of its own."),
+    *[
+        (f"task ({kind.model_fields['name'].default})", kind, (kind.__doc__ or "").strip())
+        for kind in get_args(get_args(recipe.Task)[0])
+    ],
     ("model", recipe.ModelSection, "The model to tune."),
     ("data", recipe.DataSection, "The examples, and what becomes of them."),
     ("data.train, validation, test and benchmarks", recipe.Source, "Each source: a path, or these keys."),

@@ -26,6 +26,7 @@ _HOMES = {
     "PTuningTuner": "luthier.tuners",
     "PrefixTuner": "luthier.tuners",
     "PromptTuner": "luthier.tuners",
+    "Classifier": "luthier.evaluation.classifier",
     "FineTuneEvaluator": "luthier.evaluation.evaluator",
     "calculate_perplexity": "luthier.evaluation.perplexity",
 }

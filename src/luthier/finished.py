@@ -13,18 +13,17 @@ from luthier.data.dataset import prepare
 from luthier.deployment.merge import merge_adapter
 from luthier.deployment.parity import ParityReport
 from luthier.errors import UserError
-from luthier.evaluation.comparison import Comparison
 from luthier.methods import get_method
 from luthier.methods.saved import load_saved
-from luthier.models.loading import load_model, load_tokenizer
-from luthier.pipeline import compare_on_rows, parity_prompts
+from luthier.models.loading import context_of, load_model, load_tokenizer
 from luthier.recipe import Recipe
 from luthier.runfolder import RunFolder
+from luthier.tasks import Judgement, get_task
 
 
 def evaluate_run(
     path: str | Path, *, data: str | None = None, overrides: Sequence[str] = (), console: Console
-) -> Comparison:
+) -> Judgement:
     """Compare base, tuned and (where it exists) merged of a finished run, on its held-out rows or on another file.
 
     Raises:
@@ -44,8 +43,8 @@ def evaluate_run(
         recipe.data.train, recipe.data.validation = recipe.data.test, []
         recipe.data.test = []
         recipe.data.split.validation = recipe.data.split.test = 0.0
-    context = getattr(saved.model.config.get_text_config(), "max_position_embeddings", None)
-    dataset = prepare(recipe, saved.tokenizer, context=context)
+    context = context_of(saved.model.config, saved.tokenizer)
+    dataset = prepare(recipe, saved.tokenizer, context=context, classes=saved.head.classes)
     if data:
         dataset.train, dataset.test = dataset.test, dataset.train
         dataset.test.name = "given"
@@ -58,9 +57,12 @@ def evaluate_run(
     if (folder.path / "merged").is_dir():
         models.append(("merged", lambda: contextlib.nullcontext(load_model(folder.path / "merged"))))
     name = Path(data).stem if data else "comparison"
-    comparison = compare_on_rows(recipe, dataset, models, folder.path / "evaluation" / f"{name}.json", console)
+    task = get_task(recipe.task.name)
+    comparison = task.judge(recipe, dataset, models, folder.path / "evaluation" / f"{name}.json", console)
     if comparison is None:
-        raise UserError("no held-out row has an answer to compare with", where=str(folder.path), remedy="give --data")
+        raise UserError(
+            "no held-out row has a right answer to compare with", where=str(folder.path), remedy="give --data"
+        )
     return comparison
 
 
@@ -75,7 +77,8 @@ def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, 
     get_method(recipe.method.name).require_merging()
     prompts = None
     if recipe.data.train or recipe.data.test:
-        tokenizer = load_tokenizer(folder.saved)
-        prompts = parity_prompts(prepare(recipe, tokenizer), tokenizer)
+        task = get_task(recipe.task.name)
+        tokenizer = load_tokenizer(folder.saved, chats=task.writes)
+        prompts = task.parity_texts(prepare(recipe, tokenizer), tokenizer)
     target = output or folder.path / "merged"
     return target, merge_adapter(folder.saved, target, prompts=prompts)

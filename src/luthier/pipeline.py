@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,30 +16,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from luthier.data.dataset import Dataset
 from luthier.data.examples import TrainingExample
-from luthier.data.render import prompt_messages, prompt_text
 from luthier.deployment.merge import merge_model
 from luthier.deployment.parity import ParityReport, check_parity, require
 from luthier.errors import UserError
-from luthier.evaluation.comparison import Comparison, compare, render_comparison
 from luthier.methods.saved import load_saved, write_record
 from luthier.models.loading import load_model, without_bars
 from luthier.preparation import Prepared, prepare_run
 from luthier.recipe import Recipe
 from luthier.record import Record
 from luthier.runfolder import RunFolder
+from luthier.tasks import Judgement
 from luthier.training.checkpoint import writing
 from luthier.training.loop import Interrupted, Outcome, Trainer, rows_sha256
 from luthier.training.preflight import Preflight, render_preflight
 from luthier.training.processes import Processes
 from luthier.training.progress import Reporter, Silent
-from luthier.training.runlog import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_PARITY_PROMPTS = 8
 
 
 @dataclass(slots=True)
@@ -51,7 +45,7 @@ class RunResult:
     saved: Path
     """``adapter/`` or ``model/``"""
     outcome: Outcome
-    comparison: Comparison | None
+    comparison: Judgement | None
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     parity_prompts: list[str]
@@ -134,7 +128,7 @@ def _run(
             record.manifest["parity"] = [p.to_dict() for p in parity]
             write_report(folder, report, comparison)
             record.finish("finished")
-    prompts = parity_prompts(ready.dataset, ready.tokenizer)
+    prompts = ready.task.parity_texts(ready.dataset, ready.tokenizer)
     return RunResult(folder.path, folder.saved, outcome, comparison, ready.model, ready.tokenizer, prompts)
 
 
@@ -177,28 +171,19 @@ def _train(ready: Prepared, folder: RunFolder, resume: bool, reporter: Reporter)
     return outcome
 
 
-def _evaluate(ready: Prepared, folder: RunFolder, console: Console, manifest: dict[str, Any]) -> Comparison | None:
+def _evaluate(ready: Prepared, folder: RunFolder, console: Console, manifest: dict[str, Any]) -> Judgement | None:
     """Base against tuned. What was trained is saved by now, so a comparison that fails is told and costs no run."""
     models: list[tuple[str, Callable[[], Any]]] = [
         ("base", _as_base(ready)),
         ("tuned", lambda: contextlib.nullcontext(ready.model)),
     ]
     try:
-        return compare_on_rows(ready.recipe, ready.dataset, models, folder.path / "evaluation/comparison.json", console)
+        target = folder.path / "evaluation/comparison.json"
+        return ready.task.judge(ready.recipe, ready.dataset, models, target, console)
     except UserError as error:
         manifest["evaluation_error"] = str(error)
         console.print(f"the model is saved, but could not be compared: {error}", style="yellow", highlight=False)
         return None
-
-
-def parity_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Rendered prompts for the parity gate: of the held-out rows where there are any."""
-    part = next((p for p in reversed(dataset.parts) if p.examples), dataset.train)
-    system = dataset.renderer.system
-    return [
-        e.input if e.is_plain_text else prompt_text(tokenizer, prompt_messages(e, system), e.tools)
-        for e in part.examples[:_PARITY_PROMPTS]
-    ]
 
 
 def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
@@ -224,7 +209,7 @@ def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
             ready.model,
             reloaded.model,
             ready.tokenizer,
-            parity_prompts(ready.dataset, ready.tokenizer),
+            ready.task.parity_texts(ready.dataset, ready.tokenizer),
             candidate_tokenizer=reloaded.tokenizer,
             name="saved and reloaded",
             exact=True,
@@ -243,7 +228,7 @@ def merge_run(ready: Prepared, folder: RunFolder) -> ParityReport:
         ready.model,
         ready.tokenizer,
         folder.path / "merged",
-        prompts=parity_prompts(ready.dataset, ready.tokenizer),
+        prompts=ready.task.parity_texts(ready.dataset, ready.tokenizer),
     )
 
 
@@ -261,62 +246,21 @@ def _as_base(ready: Prepared) -> Callable[[], Any]:
     @contextlib.contextmanager
     def loaded() -> Iterator[torch.nn.Module]:
         spec = ready.recipe.model
-        base = load_model(spec.name, revision=spec.revision, dtype=next(ready.model.parameters()).dtype)
+        head = ready.task.head(ready.dataset)
+        dtype = next(ready.model.parameters()).dtype
+        base = load_model(spec.name, revision=spec.revision, dtype=dtype, head=head)
         yield base.to(ready.accelerator.device)
 
     return loaded
 
 
-def compare_on_rows(
-    recipe: Recipe,
-    dataset: Dataset,
-    models: list[tuple[str, Callable[[], Any]]],
-    target: Path,
-    console: Console,
-) -> Comparison | None:
-    """Ask each model the same held-out rows, print the table and write it to ``target``.
-
-    Args:
-        recipe: its evaluation section.
-        dataset: the test rows are asked; the validation rows where there are none.
-        models: names, and context managers that give the model.
-        target: the JSON file to write.
-        console: where the table is printed.
-
-    Returns:
-        None where no held-out row has an answer.
-    """
-    settings = recipe.evaluation
-    part = dataset.test if dataset.test.examples else dataset.validation
-    asked = (i for i, e in enumerate(part.examples) if not e.is_plain_text)
-    chosen = list(itertools.islice(asked, settings.max_examples))
-    if not chosen:
-        return None
-    wanted = set(chosen)
-    with console.status(f"answering {len(chosen)} {part.name} rows") as status:
-        comparison = compare(
-            models,
-            dataset.renderer.tokenizer,
-            [part.examples[i] for i in chosen],
-            system=dataset.renderer.system,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            samples=settings.samples,
-            encoded=[row for row in part.encoded if row.index in wanted],
-            progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part.name} rows answered"),
-        )
-    write_json(target, comparison.to_json())
-    console.print(render_comparison(comparison))
-    return comparison
-
-
-def write_report(folder: RunFolder, report: Preflight, comparison: Comparison | None) -> None:
+def write_report(folder: RunFolder, report: Preflight, comparison: Judgement | None) -> None:
     """``report.html``: what the terminal showed, to keep and to send."""
     console = Console(record=True, width=110, file=io.StringIO())
     console.rule(str(folder.path.name))
     console.print(render_preflight(report))
     if comparison is not None:
-        console.print(render_comparison(comparison))
+        console.print(comparison.render())
     with writing(folder.path / "report.html"):
         (folder.path / "report.html").write_text(console.export_html(), encoding="utf-8")
 

@@ -11,15 +11,28 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.data.dataset import Dataset, prepare
-from luthier.data.examples import TaskType, TrainingExample
+from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
 from luthier.evaluation.answering import local_answerer
 from luthier.methods import get_method
 from luthier.methods.base import TuningMethod, trainable_parameters
 from luthier.methods.saved import fingerprint
 from luthier.models.catalogue import CATALOGUE
-from luthier.models.loading import add_tokens, load_model, load_tokenizer, set_stop_tokens, training_dtype
+from luthier.models.heads import Head
+from luthier.models.loading import (
+    add_tokens,
+    context_of,
+    extend,
+    grow,
+    load_config,
+    load_model,
+    load_tokenizer,
+    set_padding,
+    set_stop_tokens,
+    training_dtype,
+)
 from luthier.recipe import Recipe
+from luthier.tasks import Task, get_task
 from luthier.training.division import Replicas, Shards
 from luthier.training.loss import LossFunction
 from luthier.training.preflight import Preflight, preflight
@@ -43,6 +56,7 @@ class Prepared:
     model: torch.nn.Module
     loss_function: LossFunction
     dataset: Dataset
+    task: Task
     stop_tokens_added: list[int]
     accelerator: Accelerator
     processes: Processes
@@ -66,6 +80,8 @@ class Prepared:
             self.dataset,
             self.model,
             self.loss_function,
+            found=self.task.findings(self.recipe, self.dataset),
+            chance=self.task.chance(self.model),
             stop_tokens_added=self.stop_tokens_added,
             run_dir=Path(self.recipe.output_dir),
             processes=self.processes.count,
@@ -85,10 +101,10 @@ class Prepared:
             return self
         spec = self.recipe.model
         self.shards = None
-        base = _base(self.recipe, self.method, self.accelerator.device)
+        base = _base(self.recipe, self.method, self.task.head(self.dataset), self.tokenizer, self.accelerator.device)
         new_tokens = add_tokens(base, load_tokenizer(spec.name, revision=spec.revision), spec.added_tokens)
         set_stop_tokens(base, self.tokenizer)
-        model = self.method.wrap(base, self.recipe.method, new_tokens, TaskType(self.recipe.task))
+        model = self.method.wrap(base, self.recipe.method, new_tokens, self.task.type)
         with torch.no_grad():
             for name, parameter in trainable_parameters(model).items():
                 parameter.copy_(trained[name])
@@ -104,6 +120,8 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     processes = Processes.join()
     accelerator = make_accelerator(recipe.training.report_to, Path(recipe.output_dir))
     method = get_method(recipe.method.name)
+    task = get_task(recipe.task.name)
+    task.check(recipe)
     method.check(recipe)
     if deepspeed_asked_for() and not method.divides:
         raise UserError(
@@ -112,19 +130,21 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
             remedy="leave DeepSpeed out of the Accelerate configuration, or use method.name=lora",
         )
     spec = recipe.model
-    tokenizer = load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template)
-    base = _base(recipe, method, accelerator.device)
-    new_tokens = add_tokens(base, tokenizer, spec.added_tokens)
-    added = set_stop_tokens(base, tokenizer)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer = load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template, chats=task.writes)
+    pieces = extend(tokenizer, spec.added_tokens)
+    # What the model is loaded with may depend on the rows: a classifier's head on their classes.
+    context = context_of(load_config(spec.name, revision=spec.revision), tokenizer)
     if context is not None:
         context -= method.virtual_tokens(recipe.method)
     # The others find encoded rows, and what a model has answered to augmenters, on disk.
     with processes.main_first() if recipe.data.cache and processes.count > 1 else contextlib.nullcontext():
         dataset = prepare(recipe, tokenizer, context=context, given=given, local=local_answerer)
+    base = _base(recipe, method, task.head(dataset), tokenizer, accelerator.device)
+    new_tokens = grow(base, tokenizer, pieces)
+    added = set_stop_tokens(base, tokenizer)
     base_print = fingerprint(base)
     torch.manual_seed(recipe.seed)
-    model = method.wrap(base, recipe.method, new_tokens, TaskType(recipe.task))
+    model = method.wrap(base, recipe.method, new_tokens, task.type)
     shards: Shards | Zero | None = None
     if deepspeed_asked_for():
         settings = recipe.training
@@ -156,7 +176,9 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     division = shards or Replicas(model, processes)
     share = recipe.training.share_prefix != "never"
-    loss_function = division.call(LossFunction, model, batching=spec.batching, pad_token_id=pad, share_prefix=share)
+    loss_function = division.call(
+        task.loss_function, model, dataset, batching=spec.batching, pad_token_id=pad, share_prefix=share
+    )
     return Prepared(
         recipe,
         method,
@@ -166,6 +188,7 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
         model,
         loss_function,
         dataset,
+        task,
         added,
         accelerator,
         processes,
@@ -173,12 +196,18 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     )
 
 
-def _base(recipe: Recipe, method: TuningMethod, device: torch.device) -> PreTrainedModel:
-    """The untouched model, in the precision that it is trained in."""
+def _base(
+    recipe: Recipe, method: TuningMethod, head: Head, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel:
+    """The untouched model, in the precision that it is trained in; a new head's weights follow from the seed."""
     spec = recipe.model
-    return load_model(
+    torch.manual_seed(recipe.seed)
+    model = load_model(
         spec.name,
         revision=spec.revision,
         dtype=training_dtype(spec.dtype, device),
         quantization=method.quantization(recipe.method),
+        head=head,
     )
+    set_padding(model, tokenizer)
+    return model

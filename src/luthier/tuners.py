@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from rapidfuzz import process
 from rich.console import Console
 
-from luthier.data.examples import TrainingExample
+from luthier.data.examples import TaskType, TrainingExample
 from luthier.errors import UserError
 from luthier.method_options import (
     AdapterMethod,
@@ -23,6 +23,7 @@ from luthier.method_options import (
 )
 from luthier.recipe import DataSection, ModelSection, Recipe, TrainingSection
 from luthier.section import Section
+from luthier.task_options import TASKS_BY_NAME
 
 if TYPE_CHECKING:
     from luthier.deployment.parity import ParityReport
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Names that Hugging Face's trainers and PEFT use for what a recipe calls otherwise.
 _ALIASES = {"lora_r": "r", "max_seq_length": "max_length", "torch_dtype": "dtype"}
+_NO_WRITING = {TaskType.CLASSIFICATION}
 _NOT_ARGUMENTS = {"train", "validation", "test", "columns", "split", "name"}
 
 
@@ -37,9 +39,12 @@ class _Tuner:
     """Common to all tuners. Use :class:`LoRATuner`, :class:`FullFineTuner` or :class:`InstructionTuner`."""
 
     _method: type[Section]
-    _task: ClassVar[str] = "causal_lm"
+    _task: str | None = None
 
-    def __init__(self, model_name: str = "smollm2", **model_options: Any) -> None:
+    def __init__(self, model_name: str = "smollm2", *, task: str | None = None, **model_options: Any) -> None:
+        if task is not None and task not in TASKS_BY_NAME:
+            raise UserError(f"unknown task {task!r}", remedy=f"known: {', '.join(TASKS_BY_NAME)}")
+        self._task = task or self._task
         unknown = set(model_options) - (set(ModelSection.model_fields) - {"name"})
         if unknown:
             raise UserError(
@@ -72,8 +77,8 @@ class _Tuner:
             resume: go on with the run in output_dir.
             overwrite_output_dir: replace the run in output_dir.
             quiet: print nothing.
-            **training_args: any field of the recipe's training, data or method section by its own name, ``seed``,
-                and ``lora_r``; see docs/recipe.md.
+            **training_args: any field of the recipe's training, data, method or task section by its own name,
+                ``seed``, and ``lora_r``; see docs/recipe.md.
 
         Returns:
             the run's result: its folder, the trained model and the comparison.
@@ -89,7 +94,7 @@ class _Tuner:
             given["validation"] = _listed(val_examples, "val_examples")
         if test_examples is not None:
             given["test"] = _listed(test_examples, "test_examples")
-        recipe = self._recipe(str(output_dir), training_args)
+        recipe = self._recipe(str(output_dir), training_args, self._task or _task_of(given["train"]))
         recipe.evaluation.enabled = test_examples is not None
         console = Console(quiet=quiet)
         self._result = run(
@@ -131,15 +136,16 @@ class _Tuner:
             raise UserError("this tuner has not trained yet", remedy="call train() first")
         return self._result
 
-    def _recipe(self, output_dir: str, arguments: Mapping[str, Any]) -> Recipe:
+    def _recipe(self, output_dir: str, arguments: Mapping[str, Any], task: str) -> Recipe:
         sections: dict[str, type[Section]] = {
             "training": TrainingSection,
             "method": self._method,
             "data": DataSection,
             "model": ModelSection,
+            "task": TASKS_BY_NAME[task],
         }
         content: dict[str, Any] = {
-            "task": self._task,
+            "task": {"name": str(task)},
             "model": {"name": self.model_name, **self._model_options},
             "data": {},
             "method": {"name": self._method.model_fields["name"].default},
@@ -168,6 +174,8 @@ class LoRATuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -181,6 +189,8 @@ class QLoRATuner(LoRATuner):
 
     Args:
         model_name: an embedded model's name, a local folder or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -192,6 +202,8 @@ class PromptTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -203,6 +215,8 @@ class PTuningTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -214,6 +228,8 @@ class PrefixTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -225,6 +241,8 @@ class FullFineTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -236,6 +254,8 @@ class AdapterTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -277,6 +297,12 @@ class InstructionTuner(_Tuner):
                     remedy="give it an output, or use FullFineTuner, which trains plain text whole",
                 )
         return super().train(rows, *args, **kwargs)
+
+
+def _task_of(rows: list[TrainingExample]) -> str:
+    """The task that all rows are meant for, where a model that writes would learn something else of them."""
+    kinds = {row.task_type for row in rows}
+    return str(next(iter(kinds))) if len(kinds) == 1 and kinds <= _NO_WRITING else "causal_lm"
 
 
 def _listed(examples: Iterable[TrainingExample | Mapping[str, Any]], name: str) -> list[TrainingExample]:

@@ -74,7 +74,7 @@ def check(
 ) -> None:
     """Run the pre-flight: what would train, what would not, and what to do. Exits with 1 on errors."""
     from luthier.preparation import prepare_run
-    from luthier.training.preflight import render_preflight, render_rows
+    from luthier.training.preflight import render_preflight
     from luthier.training.processes import Processes
 
     console = _console(quiet=not Processes.join().main)
@@ -82,7 +82,7 @@ def check(
     settings.training.report_to = []
     ready = prepare_run(settings)
     if rows:
-        console.print(render_rows(ready.dataset, rows), "")
+        console.print(ready.task.show(ready.dataset, rows), "")
     for note in ready.dataset.notes:
         console.print(note, highlight=False, markup=False)
     report = ready.check()
@@ -110,6 +110,7 @@ def train(
         raise typer.Exit(launch(["train", *flags, "--", str(recipe), *(overrides or ())], nproc))
 
     from luthier.pipeline import run
+    from luthier.tasks import get_task
     from luthier.training.loop import Interrupted
     from luthier.training.processes import Processes
     from luthier.training.progress import TerminalReporter
@@ -138,15 +139,8 @@ def train(
     )
     if (saved := 1 - state.computed_tokens / max(state.tokens, 1)) > 0.02:
         console.print(f"{saved:.0%} of the tokens needed no computing: rows began alike, or ended untrained")
-    folder = result.run_dir
-    lines = [f"  luthier chat {folder}" + " " * 12 + "talk to it (--compare: beside its base)"]
-    if result.saved.name == "adapter":
-        lines.append(f"  luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged, then serve it:")
-        lines.append(f"  transformers serve {folder}/merged" + "  or any server that loads a model folder")
-    else:
-        lines.append(f"  transformers serve {folder}/model" + "  or any server that loads a model folder")
-    lines.append(f"  luthier evaluate {folder} --data FILE" + "  judge it on other rows")
-    console.print("next:\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    lines = get_task(settings.task.name).next_steps(result.run_dir, result.saved.name)
+    console.print("next:", *(f"  {line}" for line in lines), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -159,6 +153,22 @@ def evaluate(
     from luthier.finished import evaluate_run
 
     evaluate_run(run, data=data, overrides=overrides or (), console=_console())
+
+
+@app.command()
+def classify(
+    model: Annotated[Path, typer.Argument(help="A run, adapter or model folder of a classification task.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: the lines of standard input.")] = None,
+) -> None:
+    """Give texts their classes: one JSON record a text."""
+    import json
+
+    from luthier.evaluation.classifier import Classifier
+
+    given = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for text, classes in zip(given, Classifier(model).classify(given), strict=True):
+        found = [{"label": name, "score": round(score, 6)} for name, score in classes]
+        typer.echo(json.dumps({"text": text, "classes": found}, ensure_ascii=False))
 
 
 @app.command()

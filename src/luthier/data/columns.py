@@ -281,6 +281,9 @@ def _label(values: dict[str, Any], columns: Columns) -> str | int | list[str] | 
     value = values.get(columns.label) if columns.label else None
     if value is None:
         return None
+    if isinstance(value, str):
+        # A table's cell holds a list as JSON.
+        value = listed if (listed := _json_list(value)) is not None else value
     if isinstance(value, list):
         return [str(_class(v, columns)) for v in value]
     return _class(value, columns)

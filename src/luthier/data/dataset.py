@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.data.classes import ClassEncoder, ClassNames
 from luthier.data.cleaning import Cleaning
 from luthier.data.duplicates import deduplicated
 from luthier.data.encode import EncodedExample, Encoder
@@ -23,6 +24,7 @@ from luthier.data.split import split_indices
 from luthier.data.store import Chosen, ExampleStore, Joined
 from luthier.errors import UserError
 from luthier.recipe import Recipe, Source
+from luthier.task_options import ClassificationTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +87,13 @@ class Dataset:
     train: Part
     validation: Part
     test: Part
-    renderer: Renderer
+    tokenizer: PreTrainedTokenizerBase
+    system: str | None
+    """The system message of conversations that have none."""
+    renderer: Renderer | None
+    """None where no chat template renders the rows."""
+    classes: ClassNames | None
+    """What texts are classified as; None where they aren't."""
     files: list[str]
     notes: list[str] = field(default_factory=list)
     """What was done to the rows, a line each."""
@@ -106,6 +114,7 @@ def prepare(
     context: int | None = None,
     given: Mapping[str, Sequence[TrainingExample]] | None = None,
     local: Callable[[str], Answerer] | None = None,
+    classes: ClassNames | None = None,
 ) -> Dataset:
     """Read, clean, split, augment and encode the rows of a recipe.
 
@@ -116,6 +125,7 @@ def prepare(
         given: rows by part ("train", "validation", "test") that come from Python instead of files; they are not
             split further.
         local: makes a model of augmenters that name a local folder.
+        classes: those of a model that has been trained; None: the training rows'.
 
     Returns:
         rows by part; see :class:`Part` for how they add up.
@@ -139,17 +149,42 @@ def prepare(
         for step in cleaning.report():
             notes.append(f"{step.name}: {step.changed:,} of {step.rows:,} rows changed, {step.refused:,} refused")
     _augment(recipe, parts["train"], notes, local)
+    encoder = _encoder(recipe, tokenizer, context, parts["train"], classes)
+    for part in parts.values():
+        _encode(part, encoder, recipe)
+    return Dataset(
+        **parts,
+        tokenizer=tokenizer,
+        system=data.system,
+        renderer=None if isinstance(encoder, ClassEncoder) else encoder.renderer,
+        classes=encoder.classes if isinstance(encoder, ClassEncoder) else None,
+        files=files,
+        notes=notes,
+    )
+
+
+def _encoder(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    train: Part,
+    classes: ClassNames | None,
+) -> Encoder:
+    """What turns the rows of the recipe's task into token ids."""
+    data, task = recipe.data, recipe.task
+    limits = [n for n in (data.max_length, context) if n is not None]
+    limit = min(limits, default=None)
+    if isinstance(task, ClassificationTask):
+        several = None if task.problem_type == "auto" else task.problem_type == "multi_label_classification"
+        classes = classes or ClassNames.of(train.examples, labels=task.labels, multi_label=several)
+        return ClassEncoder(tokenizer, classes, max_length=limit, truncation=data.truncation)
     renderer = Renderer(
         tokenizer,
         system=data.system,
         train_on=data.train_on,
         allow_special_tokens=data.special_tokens_in_text == "allow",
     )
-    limits = [n for n in (data.max_length, context) if n is not None]
-    encoder = Encoder(renderer, max_length=min(limits, default=None), truncation=data.truncation)
-    for part in parts.values():
-        _encode(part, encoder, recipe)
-    return Dataset(parts["train"], parts["validation"], parts["test"], renderer, files, notes)
+    return Encoder(renderer, max_length=limit, truncation=data.truncation)
 
 
 def _read(recipe: Recipe, parts: dict[str, Part], cleaning: Cleaning | None, notes: list[str]) -> list[str]:

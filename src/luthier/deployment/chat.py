@@ -51,6 +51,8 @@ def chat(
     """
     console = console or Console()
     saved = load_saved(path)
+    if not saved.head.writes:
+        raise UserError(f"{path!r} holds a classifier, which does not answer", remedy="use `luthier classify`")
     if compare and saved.kind == "model" and saved.base_name in (None, path):
         raise UserError(f"{path!r} does not say which model it was tuned from", remedy="chat without --compare")
     turns: list[Message] = []

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from luthier.data.render import RenderError, end_of_turn_ids, template_text
 from luthier.errors import UserError
+from luthier.models.heads import Head
 from luthier.models.virtual import own_logits
 
 if TYPE_CHECKING:
@@ -87,9 +88,14 @@ def check_parity(
     if not prompts:
         raise UserError("the parity gate has no prompt to ask", remedy="give at least one row")
     travelled = candidate_tokenizer if candidate_tokenizer is not None else tokenizer
-    reasons = [*_tokens_differ(tokenizer, travelled, prompts), *_stops_missing(candidate, travelled)]
+    head = Head.of(reference)
+    reasons = _tokens_differ(tokenizer, travelled, prompts, head)
+    if head.writes:
+        reasons += _stops_missing(candidate, travelled)
+    if Head.of(candidate).classes != head.classes:
+        reasons.append("the classes' names or numbers were lost")
     numbers: dict[str, float] = {}
-    ids = [tokenizer(p, add_special_tokens=False).input_ids[-_TOKENS:] for p in prompts]
+    ids = _ids(tokenizer, prompts, head)
     if exact:
         ours, theirs = ([_log_probabilities(m, i) for i in ids] for m in (reference, candidate))
         if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
@@ -160,7 +166,7 @@ def weigh_merge(
         tokenizer: of all of them.
         prompts: rendered texts.
     """
-    ids = [tokenizer(p, add_special_tokens=False).input_ids[-_TOKENS:] for p in prompts]
+    ids = _ids(tokenizer, prompts, Head.of(reference))
     ours = [_log_probabilities(trained, i) for i in ids]
     others = {
         "merged": [_log_probabilities(merged, i) for i in ids],
@@ -200,20 +206,29 @@ def require(report: ParityReport) -> None:
         )
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], head: Head) -> list[list[int]]:
+    """Token ids of the prompts. A rendered prompt holds its control tokens; other texts get the tokenizer's own."""
+    if head.writes:
+        return [tokenizer(p, add_special_tokens=False).input_ids[-_TOKENS:] for p in prompts]
+    return [tokenizer(p).input_ids[:_TOKENS] for p in prompts]
+
+
 def _tokens_differ(
-    tokenizer: PreTrainedTokenizerBase, travelled: PreTrainedTokenizerBase, prompts: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, travelled: PreTrainedTokenizerBase, prompts: Sequence[str], head: Head
 ) -> list[str]:
     """Whether prompts and conversations give other tokens, or other texts, on the other side."""
     if travelled is tokenizer:
         return []
     reasons = []
-    if not travelled.chat_template:
+    if head.writes and not travelled.chat_template:
         return ["the chat template was lost"]
     for prompt in prompts:
-        ids = [t(prompt, add_special_tokens=False).input_ids for t in (tokenizer, travelled)]
+        ids = [_ids(t, [prompt], head) for t in (tokenizer, travelled)]
         if ids[0] != ids[1]:
             reasons.append("the tokenizer gives other tokens for the same text")
             break
+    if not head.writes:
+        return reasons
     for turns in (_TURNS[:1], _TURNS):
         texts = []
         for t in (tokenizer, travelled):

@@ -58,6 +58,10 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     """What looks wrong, in words."""
 
+    def render(self) -> RenderableType:
+        """See :func:`render_comparison`."""
+        return render_comparison(self)
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as what ``json.dumps`` takes: metrics by model, notes, and each row with every answer."""
         rows = []

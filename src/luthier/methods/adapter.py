@@ -17,6 +17,7 @@ from luthier.errors import UserError
 from luthier.method_options import AdapterMethod
 from luthier.methods.base import Advice, TuningMethod, register
 from luthier.methods.bottleneck import BottleneckConfig, BottleneckModel, places
+from luthier.models.heads import fresh_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,7 @@ class Adapter(TuningMethod):
             reduction_factor=options.reduction_factor,
             non_linearity=options.non_linearity,
             adapter_dropout=options.adapter_dropout,
+            modules_to_save=tuple(fresh_modules(model)),
         )
         return BottleneckModel(model, config)
 

@@ -13,6 +13,7 @@ import torch
 
 from luthier.data.examples import TaskType
 from luthier.errors import UserError
+from luthier.models.heads import fresh_modules
 from luthier.models.quantized import count
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class TuningMethod:
 
     Attributes:
         name: the name in the recipe.
+        tasks: what it can tune a model for.
         trains: what it trains, in a few words.
         adapter: True where a small adapter is saved beside an untouched base; False where the whole model is.
         merges: True where the adapter can become part of the base's weights.
@@ -49,6 +51,7 @@ class TuningMethod:
     """
 
     name: ClassVar[str]
+    tasks: ClassVar[frozenset[TaskType]] = frozenset(TaskType)
     trains: ClassVar[str]
     adapter: ClassVar[bool] = True
     merges: ClassVar[bool] = False
@@ -64,6 +67,12 @@ class TuningMethod:
         Raises:
             UserError: the recipe asks for it; the message says what to use instead.
         """
+        if TaskType(recipe.task.name) not in self.tasks:
+            raise UserError(
+                f"method {self.name} cannot tune a model for {recipe.task.name}",
+                where="method.name",
+                remedy="use method.name=lora",
+            )
         if recipe.model.added_tokens and not self.embeds:
             raise UserError(
                 f"method {self.name} does not train the embeddings of added tokens",
@@ -167,6 +176,13 @@ _PEFT_TASKS = {
 def peft_task(task: TaskType) -> str | None:
     """The ``task_type`` of a PEFT configuration."""
     return _PEFT_TASKS[task]
+
+
+def whole_modules(model: PreTrainedModel, asked: Iterable[str], task: TaskType) -> list[str] | None:
+    """PEFT's ``modules_to_save``: what the user asks for, and what begins at random (see ``models.heads``)."""
+    # PEFT itself adds these to those of a classifier.
+    known = {"classifier", "score"} if task is TaskType.CLASSIFICATION else set()
+    return sorted({*asked, *fresh_modules(model)} - known) or None
 
 
 def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str, *, where: str, remedy: str) -> torch.nn.Module:

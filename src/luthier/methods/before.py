@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.examples import TaskType
 from luthier.methods.base import TuningMethod, wrapped_by_peft
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ class BeforeTheText(TuningMethod):
     """A method that trains virtual tokens; `luthier.models.virtual` runs what it makes."""
 
     divides = False
+    tasks = frozenset({TaskType.CAUSAL_LM, TaskType.INSTRUCTION})
 
     def virtual_tokens(self, options: Any) -> int:
         """See :meth:`TuningMethod.virtual_tokens`."""

@@ -26,9 +26,16 @@ if TYPE_CHECKING:
 PEFT_TYPE = "BOTTLENECK"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ACTIVATIONS = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU, "silu": torch.nn.SiLU}
-# The last linear layers of a block's two branches, by the end of their names in transformers' decoders.
-_ATTENTION = ("self_attn.o_proj", "attn.c_proj", "self_attn.out_proj", "self_attn.dense", "attention.dense")
-_MLP = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h")
+# The last linear layers of a block's two branches, by the end of their names in transformers' models.
+_ATTENTION = (
+    "self_attn.o_proj",
+    "attn.c_proj",
+    "self_attn.out_proj",
+    "self_attn.dense",
+    "attention.dense",
+    "attention.output.dense",
+)
+_MLP = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "output.dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,8 @@ class BottleneckConfig:
     """relu, gelu or silu"""
     adapter_dropout: float
     """Dropout on the inner values."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules of the base that are trained and saved whole: a new head."""
 
 
 class BottleneckLayer(torch.nn.Module):
@@ -92,7 +101,7 @@ class BottleneckLayer(torch.nn.Module):
 class BottleneckModel(torch.nn.Module):
     """A base with bottleneck adapters, in the manner of a ``PeftModel``; what it has not itself, the base answers.
 
-    Only the adapters' parameters require gradients.
+    Only the parameters of adapters, and of modules that are trained whole, require gradients.
 
     Args:
         base: a transformers model; changed in place.
@@ -111,6 +120,8 @@ class BottleneckModel(torch.nn.Module):
                 raise KeyError(f"the base has no linear layer {name}")
             parent, _, own = name.rpartition(".")
             setattr(known[parent], own, BottleneckLayer(known[name], config))
+        for name in config.modules_to_save:
+            known[name].requires_grad_(True)
         self.base_model = base
         self.bottleneck_config = config
 
@@ -166,8 +177,10 @@ class BottleneckModel(torch.nn.Module):
         )
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapters' tensors, by their names in the base."""
-        return {n: p for n, p in self.get_base_model().named_parameters() if ".bottleneck_" in n}
+        """The tensors of adapters and of modules that are trained whole, by their names in the base."""
+        whole = tuple(f"{name}." for name in self.bottleneck_config.modules_to_save)
+        named = self.get_base_model().named_parameters()
+        return {n: p for n, p in named if ".bottleneck_" in n or n.startswith(whole)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
@@ -200,6 +213,7 @@ class BottleneckModel(torch.nn.Module):
             reduction_factor=content["reduction_factor"],
             non_linearity=content["non_linearity"],
             adapter_dropout=content["adapter_dropout"],
+            modules_to_save=tuple(content.get("modules_to_save", ())),
         )
         saved = load_file(Path(folder) / _WEIGHTS)
         model = cls(base, config)
@@ -220,7 +234,7 @@ def places(model: PreTrainedModel, placement: str, named: Sequence[str]) -> tupl
     Args:
         model: the base.
         placement: ``houlsby`` or ``pfeiffer``; not asked where layers are named.
-        named: ends of names of linear layers; empty: found by the names that transformers' decoders use.
+        named: ends of names of linear layers; empty: found by the names that transformers' models use.
 
     Raises:
         UserError: a name is none of a linear layer, or not every block's branches were found.
@@ -230,10 +244,15 @@ def places(model: PreTrainedModel, placement: str, named: Sequence[str]) -> tupl
         return _named(linear, named)
     blocks = int(model.config.get_text_config().num_hidden_layers)
     found: list[str] = []
+    attention = {n for n in linear if n.endswith(tuple("." + end for end in _ATTENTION))}
     for what, ends in (("attention", _ATTENTION), ("MLP", _MLP)):
         if what == "attention" and placement == "pfeiffer":
             continue
-        here = [n for n in linear if n.endswith(tuple("." + end for end in ends))]
+        here = [
+            n
+            for n in linear
+            if (n in attention) == (what == "attention") and n.endswith(tuple("." + end for end in ends))
+        ]
         if len(here) != blocks:
             raise UserError(
                 f"{len(here)} layers that end an {what} were found by name in the {blocks} blocks of this model",

@@ -14,7 +14,7 @@ from luthier.data.advice import rows_for
 from luthier.data.examples import TaskType
 from luthier.errors import UserError
 from luthier.method_options import Ia3Method
-from luthier.methods.base import Advice, TuningMethod, peft_task, register, wrapped_by_peft
+from luthier.methods.base import Advice, TuningMethod, peft_task, register, whole_modules, wrapped_by_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,7 @@ class Ia3(TuningMethod):
             task_type=peft_task(task),
             target_modules=targets,
             feedforward_modules=feedforward,
+            modules_to_save=whole_modules(model, (), task),
         )
         return wrapped_by_peft(
             model,

@@ -16,7 +16,7 @@ from luthier.data.advice import rows_for
 from luthier.data.examples import TaskType
 from luthier.errors import UserError
 from luthier.method_options import LoraMethod
-from luthier.methods.base import Advice, TuningMethod, peft_task, register, wrapped_by_peft
+from luthier.methods.base import Advice, TuningMethod, peft_task, register, whole_modules, wrapped_by_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class Lora(TuningMethod):
             lora_alpha=options.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=options.lora_dropout,
             target_modules=targets,
-            modules_to_save=options.modules_to_save or None,
+            modules_to_save=whole_modules(model, options.modules_to_save, task),
             rank_pattern=options.rank_pattern,
             alpha_pattern=options.alpha_pattern,
             use_rslora=options.use_rslora,

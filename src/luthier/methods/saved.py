@@ -15,7 +15,8 @@ from luthier.errors import UserError
 from luthier.methods.base import METHODS, TuningMethod
 from luthier.models.catalogue import CATALOGUE
 from luthier.models.fingerprint import fingerprint
-from luthier.models.loading import load_model, load_tokenizer
+from luthier.models.heads import Head
+from luthier.models.loading import load_model, load_tokenizer, set_padding
 from luthier.models.quantized import Quantization
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class SavedModel:
     """How an adapter was made; None for a whole model."""
     folder: Path | None = None
     """The adapter's folder; None for a whole model."""
+
+    @property
+    def head(self) -> Head:
+        """What stands on the model's body."""
+        return Head.of(self.model)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[Any]:
@@ -71,7 +77,7 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedMo
     text = str(path)
     folder = Path(text).expanduser()
     if text in CATALOGUE or not folder.is_dir():
-        return SavedModel(load_model(text, dtype=dtype), load_tokenizer(text), "model", text)
+        return _whole(text, dtype, text)
     base = _base_of_run(folder)
     if (folder / "manifest.json").is_file():
         inner = next((folder / n for n in ("adapter", "model") if (folder / n).is_dir()), None)
@@ -85,8 +91,13 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedMo
     if not (folder / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
             raise UserError(f"{text!r} holds no model and no adapter", where=text, remedy="name a run or model folder")
-        return SavedModel(load_model(folder, dtype=dtype), load_tokenizer(folder), "model", base)
+        return _whole(folder, dtype, base)
     return _adapter(folder, dtype)
+
+
+def _whole(name: str | Path, dtype: torch.dtype | None, base: str | None) -> SavedModel:
+    model = load_model(name, dtype=dtype)
+    return SavedModel(model, load_tokenizer(name, chats=Head.of(model).writes), "model", base)
 
 
 def _base_of_run(folder: Path) -> str | None:
@@ -112,8 +123,11 @@ def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
     fallback = "adapter" if config.get("peft_type") == "BOTTLENECK" else "lora"
     method = METHODS.get(str(record.get("method")), METHODS[fallback])
     quantized = record.get("quantization")
-    base = load_model(name, dtype=dtype, quantization=Quantization(**quantized) if quantized else None)
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(name)
+    head = Head.from_dict(record)
+    base = load_model(name, dtype=dtype, quantization=Quantization(**quantized) if quantized else None, head=head)
+    own = folder if (folder / "tokenizer_config.json").is_file() else name
+    tokenizer = load_tokenizer(own, chats=head.writes)
+    set_padding(base, tokenizer)
     rows = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if record.get("rows", rows) > rows:
         # Tokens were added in training; their rows come with the adapter.
@@ -181,7 +195,7 @@ def write_record(
         "method": (method or METHODS["lora"]).name,
     }
     if recipe is not None and method is not None:
-        record["task"] = recipe.task
+        record |= Head.of(base).to_dict() | {"task": recipe.task.name}
         if (quantization := method.quantization(recipe.method)) is not None:
             record["quantization"] = asdict(quantization)
     (adapter_dir / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

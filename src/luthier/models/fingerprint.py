@@ -15,7 +15,8 @@ def fingerprint(model: Any) -> str:
     """A cheap SHA-256 of a model: its parameters' names and shapes, and a few values of each, as bfloat16.
 
     The same weights in float32 and bfloat16 have the same fingerprint. Adapter parameters do not count, nor do
-    embeddings, which grow with added tokens, nor modules that no weights were found for (see ``models.heads``). A quantised base has that of the weights that it was quantised from.
+    embeddings, which grow with added tokens, nor modules that no weights were found for (see ``models.heads``). A
+    quantised base has that of the weights that it was quantised from.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     origin = getattr(base, "quantized_from", None)

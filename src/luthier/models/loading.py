@@ -148,15 +148,40 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
     with _explained(name), without_bars(), _quiet(head):
         model, told = head.loader().from_pretrained(
-            place, dtype=dtype or "auto", output_loading_info=True, **options, **head.options()
+            place,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            # A classifier of other classes gives its body.
+            ignore_mismatched_sizes=head.classes is not None,
+            **options,
+            **head.options(),
         )
-    model.fresh_modules = modules_of(model, told["missing_keys"])
+    without = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
+    model.fresh_modules = _fresh(name, model, head, without)
     if "gguf_file" in options:
         model.name_or_path = resolve_model(name)
     elif Path(place).is_dir():
         # An adapter's config names its base by this: an absolute path is found from any working folder.
         model.name_or_path = str(Path(place).resolve())
     return model.eval()
+
+
+def _fresh(name: str | Path, model: PreTrainedModel, head: Head, parameters: list[str]) -> list[str]:
+    """The modules that no weights were found for.
+
+    Raises:
+        UserError: they are not a new head's, so they should have been there.
+    """
+    body = f"{model.base_model_prefix}."
+    lost = [p for p in parameters if head.writes or (p.startswith(body) and not p.startswith(f"{body}pooler."))]
+    if lost:
+        raise UserError(
+            f"model {str(name)!r} holds no weights for {lost[0]}"
+            + (f" and {len(lost) - 1:,} more parameters" if len(lost) > 1 else ""),
+            where="model.name",
+            remedy="its files are incomplete or of another kind of model; get them anew",
+        )
+    return modules_of(model, parameters)
 
 
 def _quantized(
@@ -234,9 +259,10 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
     A model whose generation config lacks the template's end-of-turn talks on after its answer once served.
     """
-    config = model.generation_config
-    if config is None or not Head.of(model).writes:
+    if not Head.of(model).writes:
         return []
+    config = model.generation_config
+    assert config is not None
     eos = config.eos_token_id
     known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     missing = [i for i in end_of_turn_ids(tokenizer) if i not in known]
@@ -247,15 +273,40 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return missing
 
 
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a classifier which token is padding: a decoder's finds the end of a text by it, anywhere it is loaded."""
+    if Head.of(model).classes is not None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def context_of(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Longest text that a model takes, in tokens; None where nothing says."""
+    # Some count positions from a padding's number on and say so in the tokenizer alone; others' says nothing (1e30).
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (own, tokenizer.model_max_length) if n is not None and n < 10**9]
+    return min(limits, default=None)
+
+
 def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
     """Add tokens to the vocabulary and rows for them to the embeddings; returns the ids of those that are new.
 
     New rows start as the mean of the pieces their text had before, so that they begin with a meaning.
     """
-    pieces = {t: tokenizer(t, add_special_tokens=False).input_ids for t in tokens if t not in tokenizer.get_vocab()}
+    return grow(model, tokenizer, extend(tokenizer, tokens))
+
+
+def extend(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> dict[str, list[int]]:
+    """Add tokens to a vocabulary; returns those that are new, each with the ids its text had before."""
+    known = tokenizer.get_vocab()
+    pieces = {t: tokenizer(t, add_special_tokens=False).input_ids for t in tokens if t not in known}
+    tokenizer.add_tokens(list(pieces))
+    return pieces
+
+
+def grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: dict[str, list[int]]) -> list[int]:
+    """Rows of the embeddings for what :func:`extend` has added; returns their ids."""
     if not pieces:
         return []
-    tokenizer.add_tokens(list(pieces))
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary[token] for token in pieces]
     if max(ids) >= len(_embedding_weights(model)[0]):

@@ -7,13 +7,14 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from luthier.data.batch import Batch, pack, pad
 from luthier.data.encode import EncodedExample
 from luthier.methods.base import trainable_parameters
-from luthier.models.virtual import VirtualTokens
+from luthier.models.virtual import VirtualTokens, own_logits
 from luthier.training import attention
 from luthier.training.fused import cuda, kernels, reference, varlen
 from luthier.training.fused.decoder import FusedDecoder, NotFused
@@ -173,7 +174,7 @@ class LossFunction:
         self.body = base.get_decoder() if hasattr(base, "get_decoder") else None
         if self.body is base:
             self.body = None
-        self.output = base.get_output_embeddings()
+        self.output = self._output(base)
         self.selects = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.reason = ""
         self.fused_reason = ""
@@ -190,9 +191,29 @@ class LossFunction:
     def batch(self, examples: list[EncodedExample]) -> Batch:
         """The examples as one batch of the form this model takes."""
         rows = self.virtual.before(examples)
-        batch = pack(rows, share=self.share_prefix) if self.packed else pad(rows, self.pad_token_id)
+        batch = self._pack(rows, share=self.share_prefix) if self.packed else self._pad(rows)
         batch.tokens = sum(map(len, examples))
         return batch
+
+    def own_loss(self, row: EncodedExample) -> torch.Tensor:
+        """Sum of the cross-entropies of one row's targets by the model's own forward and head, as others compute it."""
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))[None].to(next(self.model.parameters()).device)
+        logits = own_logits(self.model, ids)[0].float()
+        at = torch.from_numpy(np.flatnonzero(row.trained)).to(ids.device)
+        return F.cross_entropy(logits[at - 1], ids[0, at], reduction="sum")
+
+    def _output(self, base: Any) -> Any:
+        """The layer whose outputs are the logits."""
+        return base.get_output_embeddings()
+
+    def _pack(self, rows: list[EncodedExample], *, share: bool = False) -> Batch:
+        return pack(rows, share=share)
+
+    def _pad(self, rows: list[EncodedExample]) -> Batch:
+        return pad(rows, self.pad_token_id)
+
+    def _probe_rows(self) -> list[EncodedExample]:
+        return _probe_rows(self.model)
 
     def recompute_activations(self, what: Recompute = True) -> str:
         """Keep less for the backward pass and compute it again there.
@@ -272,7 +293,7 @@ class LossFunction:
                 self.model.set_attn_implementation(native)  # type: ignore[operator]
         if self.body is None or not isinstance(self.output, torch.nn.Linear):
             return
-        batch = self.batch(_probe_rows(self.model)).to(next(self.model.parameters()).device)
+        batch = self.batch(self._probe_rows()).to(next(self.model.parameters()).device)
         direct = self.output(self._hidden(batch)).float()
         own = self.logits(batch).float()
         half = self.output.weight.dtype in (torch.bfloat16, torch.float16)
@@ -290,7 +311,7 @@ class LossFunction:
         # Of the base: virtual tokens may be made in float32, and reach the layers in the base's precision.
         parameters = list(self.virtual.reader.parameters())
         ops = _ops_of_layers(parameters) if ops is None else ops
-        batch = pack(self.virtual.before(_probe_rows(self.model))).to(parameters[0].device)
+        batch = self._pack(self.virtual.before(self._probe_rows())).to(parameters[0].device)
         # Far along as well, where a scale that depends on the position would show.
         far = replace(batch, position_ids=batch.position_ids + _context(self.model) // 2)
         with attention.recording() as calls:
@@ -342,12 +363,12 @@ class LossFunction:
 
     def _why_not_packed(self) -> str:
         """Empty where packed rows give each example the logits it has alone; leaves packed attention set."""
-        rows, before = _probe_rows(self.model), self.virtual.before
+        rows, before = self._probe_rows(), self.virtual.before
         device = next(self.model.parameters()).device
         self.model.set_attn_implementation("eager")  # type: ignore[operator]
-        alone = torch.cat([self.logits(pad([row], self.pad_token_id).to(device)) for row in before(rows)]).float()
+        alone = torch.cat([self.logits(self._pad([row]).to(device)) for row in before(rows)]).float()
         self.model.set_attn_implementation(attention.register())  # type: ignore[operator]
-        together = self.logits(pack(before(rows)).to(device)).float()
+        together = self.logits(self._pack(before(rows)).to(device)).float()
         # Rounding moves bfloat16 logits of random tokens by some hundredths of their spread, on the average; a
         # wrong position or a look across a border moves them by the spread itself.
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
@@ -358,7 +379,7 @@ class LossFunction:
         # Whatever the rounding, another first example must leave the logits of the later ones as they were.
         rows[0].input_ids = rows[0].input_ids[::-1].copy()
         border = int(rows[0].trained.sum())
-        moved = float((self.logits(pack(before(rows)).to(device)).float() - together)[border:].abs().max())
+        moved = float((self.logits(self._pack(before(rows)).to(device)).float() - together)[border:].abs().max())
         if moved > 1e-3 * bound:
             return f"an example changes the logits of the next one by {moved:.2g} in packed rows"
         return ""
@@ -401,8 +422,6 @@ class _evaluating:
 
 def _probe_rows(model: torch.nn.Module) -> list[EncodedExample]:
     """Three short rows of different lengths, every token but the first a target."""
-    import numpy as np
-
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     rng = np.random.default_rng(0)
     rows = []

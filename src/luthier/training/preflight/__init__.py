@@ -3,6 +3,6 @@
 from luthier.data.findings import Finding
 from luthier.training.preflight.findings import Preflight
 from luthier.training.preflight.gate import preflight
-from luthier.training.preflight.view import render_preflight, render_rows
+from luthier.training.preflight.view import render_preflight
 
-__all__ = ["Finding", "Preflight", "preflight", "render_preflight", "render_rows"]
+__all__ = ["Finding", "Preflight", "preflight", "render_preflight"]

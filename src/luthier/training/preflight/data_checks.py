@@ -25,15 +25,22 @@ if TYPE_CHECKING:
 SAMPLE = 2_000
 
 
-def check_data(recipe: Recipe, dataset: Dataset) -> list[Finding]:
-    """All findings about the rows."""
-    findings = [
-        *_rows_lost(recipe, dataset),
-        *(_unanswered(dataset) if recipe.task == "instruction" else ()),
+def check_conversations(recipe: Recipe, dataset: Dataset) -> list[Finding]:
+    """All findings about rows that are rendered by a chat template."""
+    return [
+        *check_rows(recipe, dataset),
+        *(_unanswered(dataset) if recipe.task.name == "instruction" else ()),
         *_trained_text(dataset),
         *_opening(dataset),
         *_special_text(recipe, dataset),
         *_cut(dataset),
+    ]
+
+
+def check_rows(recipe: Recipe, dataset: Dataset) -> list[Finding]:
+    """What can be found in the rows of any task."""
+    findings = [
+        *_rows_lost(recipe, dataset),
         *_repetition(dataset.train),
         *_overlap(recipe, dataset),
         *_labels(dataset.train),
@@ -116,7 +123,8 @@ def _sample(part: Part) -> list[tuple[EncodedExample, TrainingExample]]:
 
 def _trained_text(dataset: Dataset) -> Iterator[Finding]:
     """Decode what is trained and compare it with the answers, the end-of-turn and the serving prompt."""
-    renderer, tokenizer = dataset.renderer, dataset.renderer.tokenizer
+    renderer, tokenizer = dataset.renderer, dataset.tokenizer
+    assert renderer is not None
     differs, unstopped, prompts = [], [], []
     noted: dict[str, list[Source | None]] = defaultdict(list)
     chats = 0
@@ -228,7 +236,7 @@ def _prompt_ids_agree(row: EncodedExample, rendered: Rendered, tokenizer: PreTra
 
 def _opening(dataset: Dataset) -> Iterator[Finding]:
     """Exactly one beginning-of-sequence where the tokenizer has one that it writes."""
-    tokenizer = dataset.renderer.tokenizer
+    tokenizer = dataset.tokenizer
     bos = tokenizer.bos_token_id
     if bos is None:
         return
@@ -259,7 +267,7 @@ def _special_text(recipe: Recipe, dataset: Dataset) -> Iterator[Finding]:
     """Rows whose text holds control tokens are refused, unless the recipe allows them; then they are named."""
     if recipe.data.special_tokens_in_text != "allow":
         return
-    specials = [t for t in special_tokens(dataset.renderer.tokenizer) if t]
+    specials = [t for t in special_tokens(dataset.tokenizer) if t]
     if not specials:
         return
     pattern = re.compile("|".join(map(re.escape, specials)))

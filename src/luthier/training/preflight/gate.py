@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from luthier.training.fused import cuda, kernels
 from luthier.training.loss import LossFunction
 from luthier.training.plan import Plan
 from luthier.training.preflight import model_checks as checks
-from luthier.training.preflight.data_checks import check_data
 from luthier.training.preflight.findings import Preflight
 
 
@@ -27,6 +27,8 @@ def preflight(
     model: torch.nn.Module,
     loss_function: LossFunction,
     *,
+    found: Iterable[Finding],
+    chance: float | None,
     stop_tokens_added: list[int],
     run_dir: Path,
     processes: int = 1,
@@ -41,6 +43,8 @@ def preflight(
         dataset: the encoded rows.
         model: wrapped by the method, on its device.
         loss_function: the loss that training will use.
+        found: what the task has found in the rows.
+        chance: the loss of guessing, nats a target; None: the first loss says nothing of what the model knows.
         stop_tokens_added: what `set_stop_tokens` had to add.
         run_dir: where the run will write.
         processes: how many processes train together.
@@ -50,8 +54,8 @@ def preflight(
     began = time.perf_counter()
     device = next(model.parameters()).device
     rows = dataset.train.encoded
-    findings: list[Finding] = check_data(recipe, dataset)
-    findings += checks.check_stop_tokens(stop_tokens_added, dataset.renderer.tokenizer)
+    findings: list[Finding] = list(found)
+    findings += checks.check_stop_tokens(stop_tokens_added, dataset.tokenizer)
     trained, every = parameter_counts(model)
     facts: dict[str, object] = {
         "rows": {part.name: part.summary() for part in dataset.parts},
@@ -84,8 +88,7 @@ def preflight(
         findings += checks.check_room(needs, run_dir, device, sharers)
         losses = checks.first_loss(model, loss_function, dataset)
         half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        findings += checks.check_first_loss(losses, vocabulary, half)
+        findings += checks.check_first_loss(losses, chance, half)
         facts |= {
             "steps": plan.steps,
             "learning_rate": plan.learning_rate,

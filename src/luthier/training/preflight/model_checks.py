@@ -17,7 +17,6 @@ from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
 from luthier.methods.base import TuningMethod, get_method, parameter_counts
 from luthier.models.quantized import held_bytes
-from luthier.models.virtual import own_logits
 from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
 from luthier.training.loss import LossFunction
@@ -220,19 +219,15 @@ def first_loss(
         total = 0.0
         model.set_attn_implementation("eager")  # type: ignore[operator]
         for row in examples:
-            ids = torch.from_numpy(row.input_ids.astype(np.int64))[None].to(device)
-            logits = own_logits(model, ids)[0].float()
-            at = torch.from_numpy(np.flatnonzero(row.trained)).to(device)
-            losses = torch.nn.functional.cross_entropy(logits[at - 1], ids[0, at], reduction="sum")
-            total += float(losses)
+            total += float(loss_function.own_loss(row))
         return ours, total / batch.trained_tokens
     finally:
         model.set_attn_implementation(attention)  # type: ignore[operator]
         model.train(was)
 
 
-def check_first_loss(losses: tuple[float, float] | None, vocabulary: int, half: bool) -> Iterator[Finding]:
-    """The first loss must be the base model's, and better than guessing."""
+def check_first_loss(losses: tuple[float, float] | None, chance: float | None, half: bool) -> Iterator[Finding]:
+    """The first loss must be the base model's own, and better than guessing where the model should know something."""
     if losses is None:
         return
     ours, plain = losses
@@ -245,10 +240,10 @@ def check_first_loss(losses: tuple[float, float] | None, vocabulary: int, half: 
             f"the first loss is {ours:.4f}, the untouched model's own is {plain:.4f} (bound {bound:.3g})",
             "the training path does not compute this model rightly: set model.batching=padded and report it",
         )
-    elif plain > math.log(vocabulary):
+    elif chance is not None and plain > chance:
         yield Finding(
             "loss_above_chance",
             "warning",
-            f"the base model's loss, {plain:.2f}, is above that of guessing among {vocabulary:,} tokens",
+            f"the base model's loss, {plain:.2f}, is above that of guessing, {chance:.2f}",
             "the text is in a language or a form unknown to the model; check the chat template and the files' encoding",
         )

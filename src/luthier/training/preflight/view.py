@@ -8,8 +8,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from luthier.data.dataset import Dataset
-from luthier.data.preview import render_encoded
 from luthier.training.preflight.findings import Preflight
 
 _MARKS = {"error": ("✗ error", "bold red"), "warning": ("! warning", "yellow"), "info": ("i note", "cyan")}
@@ -59,8 +57,3 @@ def _trained(facts: dict[str, Any]) -> str:
         weights, work = needs["weights"], needs["optimiser"] + needs["activations"]
         text += f"; about {weights / 1e9:.1f} GB of weights and {work / 1e9:.1f} GB to train them"
     return text + ("; can be merged into the base" if method["merges"] else "")
-
-
-def render_rows(dataset: Dataset, count: int = 3) -> Group:
-    """A few training rows as the model reads them: trained tokens on green, context dim, a long middle left out."""
-    return render_encoded(dataset.train.encoded[:count], dataset.renderer.tokenizer)

@@ -1,0 +1,100 @@
+"""Language models that write: answers to prompts, texts that go on, instructions that are followed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.dataset import Dataset
+from luthier.data.examples import TaskType
+from luthier.data.findings import Finding
+from luthier.data.preview import render_encoded
+from luthier.data.render import prompt_messages, prompt_text
+from luthier.evaluation.comparison import Comparison, compare
+from luthier.recipe import Recipe
+from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
+from luthier.training.loss import LossFunction
+from luthier.training.preflight.data_checks import check_conversations
+from luthier.training.runlog import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console, RenderableType
+    from transformers import PreTrainedTokenizerBase
+
+
+@register
+class Causal(Task):
+    """Answers to prompts, and texts that go on."""
+
+    type = TaskType.CAUSAL_LM
+    writes = True
+
+    def loss_function(self, model: torch.nn.Module, dataset: Dataset, **options: Any) -> LossFunction:
+        """See :meth:`Task.loss_function`."""
+        return LossFunction(model, **options)
+
+    def chance(self, model: torch.nn.Module) -> float:
+        """See :meth:`Task.chance`."""
+        return math.log(int(model.config.get_text_config().vocab_size))  # type: ignore[union-attr, operator]
+
+    def findings(self, recipe: Recipe, dataset: Dataset) -> list[Finding]:
+        """See :meth:`Task.findings`."""
+        return check_conversations(recipe, dataset)
+
+    def show(self, dataset: Dataset, count: int) -> RenderableType:
+        """See :meth:`Task.show`: trained tokens on green, context dim, a long middle left out."""
+        return render_encoded(dataset.train.encoded[:count], dataset.tokenizer)
+
+    def judge(
+        self, recipe: Recipe, dataset: Dataset, models: Models, target: Path, console: Console
+    ) -> Comparison | None:
+        """See :meth:`Task.judge`: each model answers the same prompts."""
+        settings = recipe.evaluation
+        part = asked_part(dataset)
+        asked = (i for i, e in enumerate(part.examples) if not e.is_plain_text)
+        chosen = list(itertools.islice(asked, settings.max_examples))
+        if not chosen:
+            return None
+        wanted = set(chosen)
+        with console.status(f"answering {len(chosen)} {part.name} rows") as status:
+            comparison = compare(
+                models,
+                dataset.tokenizer,
+                [part.examples[i] for i in chosen],
+                system=dataset.system,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                samples=settings.samples,
+                encoded=[row for row in part.encoded if row.index in wanted],
+                progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part.name} rows"),
+            )
+        write_json(target, comparison.to_json())
+        console.print(comparison.render())
+        return comparison
+
+    def parity_texts(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """See :meth:`Task.parity_texts`; prompts are rendered."""
+        return [
+            e.input if e.is_plain_text else prompt_text(tokenizer, prompt_messages(e, dataset.system), e.tools)
+            for e in held_out(dataset).examples[:PARITY_TEXTS]
+        ]
+
+    def next_steps(self, folder: Path, kind: str) -> list[str]:
+        """See :meth:`Task.next_steps`."""
+        lines = [f"luthier chat {folder}" + " " * 12 + "talk to it (--compare: beside its base)"]
+        if kind == "adapter":
+            lines.append(f"luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged, then serve it:")
+            lines.append(f"transformers serve {folder}/merged" + "  or any server that loads a model folder")
+        else:
+            lines.append(f"transformers serve {folder}/model" + "  or any server that loads a model folder")
+        return [*lines, f"luthier evaluate {folder} --data FILE" + "  judge it on other rows"]
+
+
+@register
+class Instruction(Causal):
+    """Instructions, each with its answer: what the pre-flight asks of rows differs, nothing else."""
+
+    type = TaskType.INSTRUCTION
