@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from rapidfuzz import process
 
 from luthier.errors import UserError, shorten
@@ -296,17 +296,14 @@ class Recipe(Section):
     seed: int = Field(42, ge=0)
     """Seed of the split, the order of examples, dropout and initial adapter weights."""
 
-    @model_validator(mode="before")
+    @field_validator("task", "method", mode="before")
     @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        """``method: lora`` is short for ``method: {name: lora}``, ``task`` is alike; LoRA's name may be left out."""
-        for section, usual in (("method", "lora"), ("task", "causal_lm")):
-            if isinstance(value, dict) and section in value:
-                given = value[section]
-                if isinstance(given, str):
-                    value = {**value, section: {"name": given}}
-                elif isinstance(given, dict) and "name" not in given:
-                    value = {**value, section: {"name": usual, **given}}
+    def _by_name(cls, value: Any, info: ValidationInfo) -> Any:
+        """``method: full`` is short for ``method: {name: full}``, ``task`` is alike; the usual name may be left out."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" not in value:
+            return {"name": "lora" if info.field_name == "method" else "causal_lm", **value}
         return value
 
     @classmethod

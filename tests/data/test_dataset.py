@@ -11,7 +11,7 @@ from luthier.data.dataset import prepare
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
 from luthier.recipe import Recipe
-from luthier.training.preflight.data_checks import check_data
+from luthier.training.preflight.data_checks import check_conversations
 
 
 def rows(topic, count, first=0):
@@ -135,9 +135,9 @@ def test_rows_that_the_recipe_sifts_out_are_listed_and_no_loss(tokenizer, tmp_pa
     dataset = adds_up(prepare(settings, tokenizer))
     assert Counter(r.reason for r in dataset.rejects) == {"duplicate": 20, "too_short": 1}
     assert dataset.train.summary()["refused"] == 21 and not dataset.train.rejects
-    findings = {f.code: f for f in check_data(settings, dataset)}
+    findings = {f.code: f for f in check_conversations(settings, dataset)}
     assert "rows_lost" not in findings and findings["rows_sifted"].count == 21
     # Rows that cannot be read still count, in the same share of all.
     lost = recipe(train=write(tmp_path / "lost.jsonl", [*lines, {"prompt": "q"}, {"prompt": "r"}]), **sifting)
-    findings = {f.code: f for f in check_data(lost, adds_up(prepare(lost, tokenizer)))}
+    findings = {f.code: f for f in check_conversations(lost, adds_up(prepare(lost, tokenizer)))}
     assert (findings["rows_lost"].severity, findings["rows_lost"].count) == ("error", 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from luthier.errors import UserError
 from luthier.methods import get_method
 from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens
 from luthier.recipe import Recipe
+from luthier.tasks import get_task
 from luthier.training.loss import LossFunction
-from luthier.training.preflight import preflight, render_preflight, render_rows
-from luthier.training.preflight.data_checks import check_data
+from luthier.training.preflight import preflight, render_preflight
+from luthier.training.preflight.data_checks import check_conversations
 from luthier.training.preflight.model_checks import check_first_loss, check_room, first_loss, predict
 
 
@@ -44,6 +46,15 @@ def altered(dataset):
     return dataset
 
 
+def checked(settings, method, dataset, model, loss, added, folder):
+    """The pre-flight of a causal language model."""
+    task = get_task("causal_lm")
+    found, chance = task.findings(settings, dataset), task.chance(model)
+    return preflight(
+        settings, method, dataset, model, loss, found=found, chance=chance, stop_tokens_added=added, run_dir=folder
+    )
+
+
 @pytest.fixture
 def fresh_tokenizer(tiny_model_dir):
     return load_tokenizer(tiny_model_dir)
@@ -51,7 +62,7 @@ def fresh_tokenizer(tiny_model_dir):
 
 def test_sound_rows_have_no_finding(fresh_tokenizer):
     given = {"train": rows(30), "validation": rows(10, 1000), "test": rows(10, 2000)}
-    assert check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given)) == []
+    assert check_conversations(recipe(), prepare(recipe(), fresh_tokenizer, given=given)) == []
 
 
 def test_lost_rows_are_counted_by_reason_and_placed(fresh_tokenizer, tmp_path):
@@ -63,12 +74,12 @@ def test_lost_rows_are_counted_by_reason_and_placed(fresh_tokenizer, tmp_path):
     path.write_text("\n".join(lines), encoding="utf-8")
     settings = recipe(train=str(path), split={"validation": 0, "test": 0})
     dataset = prepare(settings, fresh_tokenizer)
-    found = {f.code: f for f in check_data(settings, dataset)}["rows_lost"]
+    found = {f.code: f for f in check_conversations(settings, dataset)}["rows_lost"]
     assert found.severity == "error" and found.count == 3
     assert set(found.rows) == {f"{path}:11", f"{path}:21", f"{path}:31"}
     assert len(dataset.train.examples) == 93
     allowed = recipe(train=str(path), split={"validation": 0, "test": 0}, max_rejected_share=0.05)
-    assert codes(check_data(allowed, prepare(allowed, fresh_tokenizer)))["rows_lost"] == "warning"
+    assert codes(check_conversations(allowed, prepare(allowed, fresh_tokenizer)))["rows_lost"] == "warning"
 
 
 def test_plain_text_among_instructions_is_found(fresh_tokenizer, tmp_path):
@@ -78,9 +89,9 @@ def test_plain_text_among_instructions_is_found(fresh_tokenizer, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "It rains."}\n{"text": "It has rained."}\n', encoding="utf-8")
     settings = recipe(train=[str(path), str(tmp_path / "text.jsonl")], split={"validation": 0, "test": 0})
     dataset = prepare(settings, fresh_tokenizer)
-    assert "no_answer" not in codes(check_data(settings, dataset))
+    assert "no_answer" not in codes(check_conversations(settings, dataset))
     settings.task = "instruction"
-    found = {f.code: f for f in check_data(settings, dataset)}["no_answer"]
+    found = {f.code: f for f in check_conversations(settings, dataset)}["no_answer"]
     assert (found.severity, found.count) == ("error", 2)
     assert found.rows == tuple(f"{tmp_path / 'text.jsonl'}:{line}" for line in (1, 2))
 
@@ -90,7 +101,7 @@ def test_masked_answers_are_found(fresh_tokenizer):
     for row in dataset.train.encoded[:3]:
         first = int(np.flatnonzero(row.trained)[0])
         row.trained[first : first + 2] = False
-    found = {f.code: f for f in check_data(recipe(), dataset)}
+    found = {f.code: f for f in check_conversations(recipe(), dataset)}
     assert found["trained_text_differs"].severity == "error" and found["trained_text_differs"].count == 3
 
 
@@ -98,14 +109,14 @@ def test_nothing_trained_is_found(fresh_tokenizer):
     dataset = altered(prepare(recipe(), fresh_tokenizer, given={"train": rows(20)}))
     for row in dataset.train.encoded:
         row.trained[:] = False
-    assert codes(check_data(recipe(), dataset))["no_trained_token"] == "error"
+    assert codes(check_conversations(recipe(), dataset))["no_trained_token"] == "error"
 
 
 def test_a_lost_end_of_turn_is_found(fresh_tokenizer):
     dataset = altered(prepare(recipe(), fresh_tokenizer, given={"train": rows(20)}))
     row = dataset.train.encoded[4]
     row.trained[np.flatnonzero(row.trained)[-1]] = False
-    found = {f.code: f for f in check_data(recipe(), dataset)}["end_of_turn_untrained"]
+    found = {f.code: f for f in check_conversations(recipe(), dataset)}["end_of_turn_untrained"]
     assert (found.severity, found.count) == ("error", 1)
 
 
@@ -115,7 +126,7 @@ def test_a_template_without_end_of_turn_is_told(fresh_tokenizer):
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
-    assert codes(check_data(recipe(), dataset))["no_end_of_turn"] == "warning"
+    assert codes(check_conversations(recipe(), dataset))["no_end_of_turn"] == "warning"
 
 
 def test_a_doubled_and_a_missing_bos_are_found(fresh_tokenizer):
@@ -127,15 +138,15 @@ def test_a_doubled_and_a_missing_bos_are_found(fresh_tokenizer):
     )
     plain = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
-    assert "bos_missing" not in codes(check_data(recipe(), dataset)) and "bos_doubled" not in codes(
-        check_data(recipe(), dataset)
+    assert "bos_missing" not in codes(check_conversations(recipe(), dataset)) and "bos_doubled" not in codes(
+        check_conversations(recipe(), dataset)
     )
     fresh_tokenizer.chat_template = plain
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
-    assert codes(check_data(recipe(), dataset))["bos_missing"] == "error"
+    assert codes(check_conversations(recipe(), dataset))["bos_missing"] == "error"
     fresh_tokenizer.chat_template = "{{ bos_token + bos_token }}" + plain
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
-    assert codes(check_data(recipe(), dataset))["bos_doubled"] == "error"
+    assert codes(check_conversations(recipe(), dataset))["bos_doubled"] == "error"
 
 
 def test_marked_turns_and_reasoning_are_sound_and_the_template_is_described(fresh_tokenizer):
@@ -152,7 +163,7 @@ def test_marked_turns_and_reasoning_are_sound_and_the_template_is_described(fres
     given["validation"] = [TrainingExample(messages=turns(1000))]
     for train_on in ("answers", "last_answer", "all"):
         settings = recipe(train_on=train_on)
-        found = codes(check_data(settings, prepare(settings, fresh_tokenizer, given=given)))
+        found = codes(check_conversations(settings, prepare(settings, fresh_tokenizer, given=given)))
         assert found == ({} if train_on == "all" else {"reasoning_in_content": "info"})
 
 
@@ -161,7 +172,7 @@ def test_training_on_other_tokens_than_serving_is_found(fresh_tokenizer):
     # What is exported later has another template than the rows were rendered with.
     fresh_tokenizer.chat_template = fresh_tokenizer.chat_template.replace("assistant\n", "assistant \n")
     dataset.renderer = Renderer(fresh_tokenizer)
-    assert "prompt_ids_differ" in codes(check_data(recipe(), dataset))
+    assert "prompt_ids_differ" in codes(check_conversations(recipe(), dataset))
 
 
 def test_a_token_over_the_border_of_the_answer_is_found(fresh_tokenizer):
@@ -169,7 +180,7 @@ def test_a_token_over_the_border_of_the_answer_is_found(fresh_tokenizer):
     template = fresh_tokenizer.chat_template.replace("message['role'] + '\n' +", "message['role'] + '\n\n' +")
     fresh_tokenizer.chat_template = template.replace("assistant\n'", "assistant\n\n'")
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
-    assert codes(check_data(recipe(), dataset)).get("prompt_ids_differ") == "warning"
+    assert codes(check_conversations(recipe(), dataset)).get("prompt_ids_differ") == "warning"
 
 
 def test_cut_answers_are_counted_in_tokens(fresh_tokenizer):
@@ -177,14 +188,14 @@ def test_cut_answers_are_counted_in_tokens(fresh_tokenizer):
     given = {"train": [*rows(20), TrainingExample(input="long", output="word " * 60)]}
     dataset = prepare(settings, fresh_tokenizer, given=given)
     whole = prepare(recipe(), fresh_tokenizer, given=given)
-    found = {f.code: f for f in check_data(settings, dataset)}["answer_cut"]
+    found = {f.code: f for f in check_conversations(settings, dataset)}["answer_cut"]
     lost = whole.train.trained_tokens - dataset.train.trained_tokens
     assert found.count == 1 and f"{lost:,} trained tokens" in found.message
 
 
 def test_repetition_and_contradiction_are_told_apart(fresh_tokenizer):
     given = {"train": [*rows(20), *rows(2), TrainingExample(input="What is 5 plus 35?", output="Nothing.")]}
-    found = {f.code: f for f in check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
+    found = {f.code: f for f in check_conversations(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
     assert found["duplicates"].count == 2 and found["contradictions"].count == 1
 
 
@@ -196,22 +207,22 @@ def test_overlap_between_parts_is_found(fresh_tokenizer):
         "validation": [*rows(5, 500), near],
         "test": [*rows(5, 900), rows(1)[0]],
     }
-    found = {f.code: f for f in check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
+    found = {f.code: f for f in check_conversations(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
     assert found["overlap"].severity == "error" and "test" in found["overlap"].message
     assert found["overlap_near"].count == 1 and "validation" in found["overlap_near"].message
 
 
 def test_label_imbalance_is_found(fresh_tokenizer):
     given = {"train": [TrainingExample(input=f"text {i}", output="good" if i else "bad") for i in range(40)]}
-    assert "label_imbalance" in codes(check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given)))
+    assert "label_imbalance" in codes(check_conversations(recipe(), prepare(recipe(), fresh_tokenizer, given=given)))
     one = {"train": [replace(e, output="good") for e in given["train"]]}
-    assert "one_label" in codes(check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=one)))
+    assert "one_label" in codes(check_conversations(recipe(), prepare(recipe(), fresh_tokenizer, given=one)))
 
 
 def test_a_question_that_was_trained_on_with_another_answer_is_told(fresh_tokenizer):
     asked = TrainingExample(input=rows(1)[0].input, output="It is nothing at all.")
     given = {"train": rows(20), "test": [*rows(5, 900), asked]}
-    found = {f.code: f for f in check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
+    found = {f.code: f for f in check_conversations(recipe(), prepare(recipe(), fresh_tokenizer, given=given))}
     assert found["overlap_prompt"].severity == "warning" and found["overlap_prompt"].count == 1
     assert not {"overlap", "overlap_near"} & found.keys()
 
@@ -225,7 +236,7 @@ def test_near_copies_do_not_cry_wolf(fresh_tokenizer):
     given = {"train": told(museum, range(99)), "validation": told(order, range(3, 20)), "test": told(museum, [200])}
     assert (
         not {"overlap", "overlap_near", "overlap_prompt"}
-        & codes(check_data(recipe(), prepare(recipe(), fresh_tokenizer, given=given))).keys()
+        & codes(check_conversations(recipe(), prepare(recipe(), fresh_tokenizer, given=given))).keys()
     )
 
 
@@ -248,13 +259,13 @@ def test_a_whole_preflight_passes_and_prints(tiny_model_dir, tmp_path):
     settings = recipe()
     given = {"train": rows(120), "validation": rows(10, 1000)}
     method, dataset, model, loss, added = ready(tiny_model_dir, settings, given)
-    report = preflight(settings, method, dataset, model, loss, stop_tokens_added=added, run_dir=tmp_path / "run")
+    report = checked(settings, method, dataset, model, loss, added, tmp_path / "run")
     assert report.passed, report.findings
     report.require()
     ours, plain = report.facts["first_loss"].values()
     assert ours == pytest.approx(plain, rel=1e-4)
     console = Console(record=True, width=120, force_terminal=True)
-    console.print(render_rows(dataset, 2), render_preflight(report))
+    console.print(get_task("causal_lm").show(dataset, 2), render_preflight(report))
     shown = console.export_text(styles=True)
     # The answer and its end-of-turn are on green; the question is not.
     assert "\x1b[30;42mThe sum is 0.\x1b[0m\x1b[1;30;102m<|im_end|>\x1b[0m" in shown
@@ -265,7 +276,7 @@ def test_a_wrong_training_path_is_found_by_the_first_loss(tiny_model_dir):
     settings = recipe()
     _, dataset, model, loss, _ = ready(tiny_model_dir, settings, {"train": rows(40)})
     honest = first_loss(model, loss, dataset)
-    assert "first_loss" not in codes(check_first_loss(honest, 49152, half=False))
+    assert "first_loss" not in codes(check_first_loss(honest, math.log(49152), half=False))
     original = loss.batch
 
     def shifted(examples):
@@ -285,7 +296,7 @@ def test_settings_outside_the_advice_are_warned_of(tiny_model_dir, tmp_path):
         }
     )
     method, dataset, model, loss, added = ready(tiny_model_dir, settings, {"train": rows(40)})
-    report = preflight(settings, method, dataset, model, loss, stop_tokens_added=added, run_dir=tmp_path)
+    report = checked(settings, method, dataset, model, loss, added, tmp_path)
     found = codes(report.findings)
     assert {"learning_rate", "rank", "epochs", "few_rows", "no_validation"} <= found.keys()
     assert report.passed
@@ -308,6 +319,6 @@ def test_an_error_stops_the_run_with_its_place(fresh_tokenizer, tiny_model_dir, 
     method, dataset, model, loss, added = ready(tiny_model_dir, settings, {"train": rows(40)})
     row = altered(dataset).train.encoded[0]
     row.trained[np.flatnonzero(row.trained)[-1]] = False
-    report = preflight(settings, method, dataset, model, loss, stop_tokens_added=added, run_dir=tmp_path)
+    report = checked(settings, method, dataset, model, loss, added, tmp_path)
     with pytest.raises(UserError, match="end_of_turn_untrained"):
         report.require()
