@@ -6,6 +6,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 from rich.console import Console
 
 from luthier.data.advice import AMOUNTS, FORMULA, fitting_method, verdicts
@@ -47,6 +48,8 @@ def test_sound_rows_have_no_finding():
 
 BAD = [
     ("empty_answer", row(answer="  ")),
+    ("answer_begins_blank", row(answer="\n\nIt is wide.")),
+    ("answer_begins_blank", row(answer=" It is wide.")),
     ("placeholder_answer", row(answer="N/A")),
     ("placeholder_answer", row(answer="待补充。")),
     ("placeholder_answer", row(answer="TODO")),
@@ -270,10 +273,13 @@ def test_the_remedies_are_settings_that_exist():
 
     for check in CHECKS:
         if check.remedy.startswith("set data."):
-            key, _, value = check.remedy.removeprefix("set ").partition(",")[0].partition(": ")
-            name = value.strip("[]")
-            recipe = Recipe.from_dict({"data": {key.removeprefix("data."): [name]}})
-            assert Cleaning(recipe.data.clean).functions
+            assert Cleaning(settings_of(check).data.clean).functions
+
+
+def settings_of(check) -> Recipe:
+    """The settings that a remedy names, as a recipe has them."""
+    key, _, value = check.remedy.removeprefix("set data.").partition(": ")
+    return Recipe.from_dict({"data": {key: yaml.safe_load(value[: value.index("]") + 1])}})
 
 
 def test_a_remedy_mends_what_was_found():
@@ -284,8 +290,7 @@ def test_a_remedy_mends_what_was_found():
     checks = {check.code: check for check in CHECKS}
     for code, bad in BAD:
         if checks[code].remedy.startswith("set data.clean: ["):
-            name = checks[code].remedy.partition("[")[2].partition("]")[0]
-            (after,) = Cleaning([name]).apply([bad])
+            (after,) = Cleaning(settings_of(checks[code]).data.clean).apply([bad])
             mended += 1
             assert isinstance(after, Reject) or checks[code].find(Look(after)) is None
     assert mended >= 6

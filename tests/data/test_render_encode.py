@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+from hypothesis import example as instance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +56,12 @@ def templated(request, tokenizer):
     return made
 
 
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    # Word by word is another way, tested elsewhere, which would begin after some hundred rows.
+    return Encoder(Renderer(tokenizer), by_words=False)
+
+
 def trained_text(tokenizer, row):
     return tokenizer.decode(row.input_ids[row.trained], clean_up_tokenization_spaces=False)
 
@@ -94,13 +101,32 @@ def test_the_whole_is_the_templates_text(templated):
 
 @settings(max_examples=80, deadline=None)
 @given(prompt=st.text(min_size=1, max_size=60), answer=st.text(min_size=1, max_size=60))
-def test_any_answer_is_trained_as_it_stands(tokenizer, prompt, answer):
-    encoded = Encoder(Renderer(tokenizer)).encode([TrainingExample(prompt, answer)])
+@instance(prompt="0", answer=" \r0")
+@instance(prompt="0", answer="\n\nHello")
+@instance(prompt="0", answer="\t\t0")
+@instance(prompt="0", answer=" Hello")
+def test_any_answer_is_trained_as_it_stands(encoder, prompt, answer):
+    """What is trained is the answer and its end, and before it stand the ids that serving would read.
+
+    But where a token holds white space of the template and white space of the answer; then that token is trained
+    whole, and the text before the answer in it is all that is trained besides.
+    """
+    tokenizer, row = encoder.tokenizer, TrainingExample(prompt, answer)
+    encoded = encoder.encode([row])
     assert len(encoded.examples) + len(encoded.rejects) == 1
-    if encoded.examples:
-        assert trained_text(tokenizer, encoded.examples[0]) == f"{answer}<|im_end|>"
-    else:
+    if encoded.rejects:
         assert encoded.rejects[0].reason in ("empty_answer", "half_character", "characters_lost")
+        return
+    rendered = encoder.renderer.render(row)
+    ((border, _),) = rendered.spans
+    offsets = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    begin = next((a for a, b in offsets if a < border < b), border)
+    joined = rendered.text[begin:border]
+    assert trained_text(tokenizer, encoded.examples[0]) == f"{joined}{answer}<|im_end|>"
+    first = int(np.flatnonzero(encoded.examples[0].trained)[0])
+    asked = tokenizer(prompt_text(tokenizer, prompt_messages(row)), add_special_tokens=False).input_ids
+    assert (encoded.examples[0].input_ids[:first].tolist() == asked) == (not joined)
+    assert not joined or (joined.isspace() and answer[0].isspace())
 
 
 def test_a_system_message_is_read_and_not_trained(tokenizer):

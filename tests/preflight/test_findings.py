@@ -183,6 +183,29 @@ def test_a_token_over_the_border_of_the_answer_is_found(fresh_tokenizer):
     assert codes(check_conversations(recipe(), dataset)).get("prompt_ids_differ") == "warning"
 
 
+def test_answers_that_begin_blank_are_found_where_it_changes_tokens(fresh_tokenizer):
+    def found(*answers, **data):
+        settings = recipe(**data)
+        given = {"train": [*rows(20), *(TrainingExample("Say it.", answer) for answer in answers)]}
+        findings = check_conversations(settings, prepare(settings, fresh_tokenizer, given=given))
+        assert "prompt_ids_differ" not in codes(findings)
+        return {f.code: f for f in findings}.get("answer_begins_blank")
+
+    # The template's "\n" before an answer and a blank after it are one token of SmolLM2's, unless a word follows.
+    joined = ("\n\nHello", "  Bye", "\t\t0", " \r1")
+    finding = found(*joined, " Hello there", "\nGood bye")
+    assert (finding.severity, finding.count) == ("warning", len(joined))
+    assert "normalize_whitespace: {on: answer}" in finding.remedy
+    assert found(*joined, clean=[{"normalize_whitespace": {"on": "answer"}}]) is None
+    # Every answer of a conversation counts, where it is trained.
+    turns = [m for pair in ("\n\nYes.", "No.") for m in TrainingExample("Well?", pair).to_chat_format()]
+    dataset = prepare(recipe(), fresh_tokenizer, given={"train": [TrainingExample(messages=turns), *rows(20)]})
+    assert codes(check_conversations(recipe(), dataset))["answer_begins_blank"] == "warning"
+    settings = recipe(train_on="last_answer")
+    dataset = prepare(settings, fresh_tokenizer, given={"train": dataset.train.examples})
+    assert "answer_begins_blank" not in codes(check_conversations(settings, dataset))
+
+
 def test_cut_answers_are_counted_in_tokens(fresh_tokenizer):
     settings = recipe(max_length=70, truncation="cut")
     given = {"train": [*rows(20), TrainingExample(input="long", output="word " * 60)]}

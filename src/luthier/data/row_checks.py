@@ -80,6 +80,10 @@ def _empty_answer(look: Look) -> str | None:
     return None
 
 
+def _begins_blank(look: Look) -> str | None:
+    return next((repr(answer[:40]) for answer in look.answers if answer[:1].isspace() and answer.strip()), None)
+
+
 _PLACEHOLDER = re.compile(
     r"\W*(?:n/?a|none|null|nan|nil|undefined|todo|tbd|fixme|\[?(?:insert|your) answer(?: here)?\]?|answer here|"
     r"no ?output|<?no ?input>?|lorem ipsum.*|待补充|待定|暂无|暂无(?:答案|回答|数据)|此处填写.*|略)?\W*",
@@ -269,6 +273,13 @@ CHECKS = (
     Check(
         "empty_answer", "error", "an answer is empty, so the model would learn to say nothing",
         "give the rows answers, or take them out", _empty_answer,
+    ),
+    Check(
+        "answer_begins_blank", "info",
+        "an answer begins with white space, which the model learns to say and which may join the chat template's own "
+        "before it in one token, so that training reads other tokens than serving would (`luthier check` looks)",
+        "set data.clean: [normalize_whitespace: {on: answer}], unless it is meant, as indentation may be",
+        _begins_blank,
     ),
     Check(
         "placeholder_answer", "warning", "an answer is a placeholder",

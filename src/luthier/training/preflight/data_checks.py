@@ -125,7 +125,7 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
     """Decode what is trained and compare it with the answers, the end-of-turn and the serving prompt."""
     renderer, tokenizer = dataset.renderer, dataset.tokenizer
     assert renderer is not None
-    differs, unstopped, prompts = [], [], []
+    differs, unstopped, prompts, blank = [], [], [], []
     noted: dict[str, list[Source | None]] = defaultdict(list)
     chats = 0
     for row, example in _sample(dataset.train):
@@ -140,7 +140,9 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
                 unstopped.append(row.source)
             elif not _says_answers(row, rendered, example, renderer):
                 differs.append(row.source)
-            if not _prompt_ids_agree(row, rendered, tokenizer):
+            if _blank_joins_prompt(rendered, example, renderer):
+                blank.append(row.source)
+            elif not _prompt_ids_agree(row, rendered, tokenizer):
                 prompts.append(row.source)
     if differs:
         yield Finding(
@@ -177,6 +179,16 @@ def _trained_text(dataset: Dataset) -> Iterator[Finding]:
             "set data.train_on=last_answer if earlier turns are rewritten, or mend the template",
             len(prompts),
             places(prompts),
+        )
+    if blank:
+        yield Finding(
+            "answer_begins_blank",
+            "warning",
+            "answers begin with white space that joins the template's own before it in one token, so before and in "
+            "such an answer training reads other tokens than serving would",
+            "set data.clean: [normalize_whitespace: {on: answer}], which takes the white space around answers out",
+            len(blank),
+            places(blank),
         )
     for note, sources in noted.items():
         yield Finding(
@@ -223,6 +235,17 @@ def _says_answers(row: EncodedExample, rendered: Rendered, example: TrainingExam
 def _squeezed(text: str) -> str:
     """Without white space: decoders of the SentencePiece kind drop a leading space, and nothing else may change."""
     return re.sub(r"\s+", "", text)
+
+
+def _blank_joins_prompt(rendered: Rendered, example: TrainingExample, renderer: Renderer) -> bool:
+    """Whether one token holds the end of a prompt and white space that the row's own answer begins with."""
+    messages = example.to_chat_format()
+    answers = [str(messages[i].get("content") or "") for i in renderer.trained_turns(messages)]
+    borders = [a for (a, _), answer in zip(rendered.spans, answers, strict=True) if answer[:1].isspace()]
+    if not borders:
+        return False
+    offsets = renderer.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    return any(a < border < b for a, b in offsets for border in borders)
 
 
 def _prompt_ids_agree(row: EncodedExample, rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> bool:
