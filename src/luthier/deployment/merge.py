@@ -15,6 +15,7 @@ from luthier.deployment.parity import ParityReport, check_parity, require, weigh
 from luthier.errors import UserError
 from luthier.methods import get_method
 from luthier.methods.saved import adapter_dtype, load_saved
+from luthier.models.heads import Head
 from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens, without_bars
 from luthier.models.quantized import QuantizedFrom, quantized_from
 from luthier.training.checkpoint import writing
@@ -154,7 +155,7 @@ def _on_stored_base(model: Any, origin: QuantizedFrom, folder: Path) -> Any:
     method = get_method("lora")  # what is beside quantised weights is a plain LoRA
     method.save(model, folder)
     finest = torch.promote_types(origin.dtype, next(model.parameters()).dtype)
-    base = load_model(origin.name, revision=origin.revision, dtype=finest)
+    base = load_model(origin.name, revision=origin.revision, dtype=finest, head=Head.of(model))
     rows = model.get_input_embeddings().weight.shape[0]
     if rows > base.get_input_embeddings().weight.shape[0]:  # type: ignore[index]
         base.resize_token_embeddings(rows, mean_resizing=False)
@@ -173,9 +174,19 @@ def _merged(model: Any, dtype: torch.dtype | None = None) -> Any:
         # One of a tied pair is adapted: merged into the shared weight, it would change the other as well.
         plain = getattr(outputs, "base_layer", outputs)
         plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    _take_whole_modules(base)
     merged = fine.float().merge_and_unload().to(dtype)
     _separate_heads(merged)
     return merged
+
+
+def _take_whole_modules(base: Any) -> None:
+    """Put modules that were trained whole into their places: PEFT's own merge of IA3 does so for linear layers alone."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
 
 
 def _separate_heads(merged: Any) -> None:
