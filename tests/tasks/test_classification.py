@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from luthier import Classifier, FullFineTuner, LoRATuner, TaskType, TrainingExample
 from luthier.cli.commands import classify
@@ -30,6 +31,7 @@ from luthier.methods.base import trainable_parameters
 from luthier.methods.saved import load_saved
 from luthier.models.heads import Head
 from luthier.models.loading import load_model, load_tokenizer, set_padding
+from luthier.models.quantized import Quantization, is_quantized
 from luthier.pipeline import run as run_recipe
 from luthier.recipe import Recipe
 from luthier.tasks import get_task
@@ -399,3 +401,22 @@ def test_python_rows_of_that_type_make_a_classifier(tiny_model_dir, tmp_path):
         rows[:20], output_dir=tmp_path / "run", max_steps=1, report_to=[], quiet=True, labels=["pos", "neg"]
     )
     assert Head.of(result.model).classes == ClassNames(("pos", "neg"))
+
+
+def test_a_quantised_base_keeps_its_new_head_whole(tiny_model_dir):
+    pytest.importorskip("bitsandbytes")
+    head = Head(TaskType.CLASSIFICATION, TWO)
+    model = load_model(tiny_model_dir, dtype=torch.float32, quantization=Quantization(), head=head)
+    assert type(model.score) is torch.nn.Linear and model.fresh_modules == ["score"]
+    assert any(is_quantized(p) for p in model.parameters())
+
+
+def test_a_model_without_weights_for_its_body_is_refused(tiny_model_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for head in (None, Head(TaskType.CLASSIFICATION, TWO)):
+        with pytest.raises(UserError, match=r"holds no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
+            load_model(folder, head=head)

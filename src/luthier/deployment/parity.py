@@ -152,7 +152,7 @@ def weigh_merge(
 ) -> None:
     """Measure what it costs to leave the quantised base that an adapter was trained on; adds to the report.
 
-    ``loss_*`` are mean losses over the prompts, nats a token, of the quantised base with its adapter (what was
+    ``loss_*`` are, of models that write, mean losses over the prompts, nats a token, of the quantised base with its adapter (what was
     trained), of the merged model, of the merged model quantised again, and of the stored base; ``from_trained_*`` is
     how far each lies from what was trained, mean |Δ log-probability|. A merged model that lies no nearer to it than
     the stored base does has lost what was learnt, and fails.
@@ -173,8 +173,9 @@ def weigh_merge(
         "merged_quantized": [_log_probabilities(merged_quantized, i) for i in ids],
         "stored_base": _base_log_probabilities(reference, ids),
     }
-    for name, theirs in {"trained": ours, **others}.items():
-        report.numbers[f"loss_{name}"] = _mean_loss(theirs, ids)
+    if Head.of(trained).writes:
+        for name, theirs in {"trained": ours, **others}.items():
+            report.numbers[f"loss_{name}"] = _mean_loss(theirs, ids)
     for name, theirs in others.items():
         report.numbers[f"from_trained_{name}"] = _distance(ours, theirs)["mean"]
     merged_apart, base_apart = (report.numbers[f"from_trained_{name}"] for name in ("merged", "stored_base"))
