@@ -181,7 +181,7 @@ def _merged(model: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def _take_whole_modules(base: Any) -> None:
-    """Put modules that were trained whole into their places: PEFT's own merge of IA3 does so for linear layers alone."""
+    """Put modules that were trained whole into their places: PEFT's merge of IA3 does so for linear layers alone."""
     from peft.utils.other import ModulesToSaveWrapper
 
     for name, module in list(base.named_modules()):
