@@ -154,8 +154,8 @@ def weigh_merge(
 
     ``loss_*`` are mean losses over the prompts, nats a token, of the quantised base with its adapter (what was
     trained), of the merged model, of the merged model quantised again, and of the stored base, where they are models
-    that write; ``from_trained_*`` is how far each lies from what was trained, mean |Δ log-probability|. A merged model that lies no nearer to it than
-    the stored base does has lost what was learnt, and fails.
+    that write; ``from_trained_*`` is how far each lies from what was trained, mean |Δ log-probability|. A merged model
+    that lies no nearer to it than the stored base does has lost what was learnt, and fails.
 
     Args:
         report: of the merge itself.
