@@ -60,13 +60,11 @@ def base_model(smollm2_dir):
     return AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
-    """A random two-layer Llama with SmolLM2's tokenizer: loads in milliseconds."""
+def tiny_llama(folder: Path, tokenizer) -> Path:
+    """A random two-layer Llama of a tokenizer's vocabulary, as a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -85,3 +83,16 @@ def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
+    """A random two-layer Llama with SmolLM2's tokenizer: loads in milliseconds."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny-llama"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def terse_model_dir(tmp_path_factory, tokenizer) -> Path:
+    """The same with a vocabulary of 600: nine tenths of a tiny model's step are its 49,152 logits."""
+    texts = [Path(__file__).read_text(encoding="utf-8")]
+    return tiny_llama(tmp_path_factory.mktemp("terse-llama"), tokenizer.train_new_from_iterator(texts, 600))

@@ -27,13 +27,13 @@ TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_no
 
 
 @pytest.fixture
-def workplace(tmp_path, tiny_model_dir) -> Path:
+def workplace(tmp_path, terse_model_dir) -> Path:
     """A folder with ``rows.jsonl`` and ``recipe.yaml``: the tiny model, full tuning without dropout, eight rows a step
     on two processes."""
     rows = [{"question": f"What colour is thing {i}?", "answer": "blue " * (1 + i % 5) + f"{i}"} for i in range(ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = {
-        "model": {"name": str(tiny_model_dir), "dtype": "float32"},
+        "model": {"name": str(terse_model_dir), "dtype": "float32"},
         "data": {"train": "rows.jsonl", "split": {"validation": 0.0, "test": 0.0}},
         "method": {"name": "full"},
         "training": {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "report_to": []},
@@ -166,13 +166,13 @@ def moved(model_dir: Path, folder: Path) -> float:
     return max(float((tuned[key] - weight).abs().max()) for key, weight in base.items())
 
 
-def test_nproc_trains_as_one_process(train, workplace, tiny_model_dir):
+def test_nproc_trains_as_one_process(train, workplace, terse_model_dir):
     (workplace / "yaml.py").write_text("raise SystemExit('a file of the user was imported')")
     said = train("--nproc", 2)
     assert said.count("pre-flight: passed") == 1 and said.count("saved run/model") == 1
     assert json.loads((workplace / "run" / "manifest.json").read_text())["processes"] == 2
     assert_same(alone(workplace), workplace / "run")
-    assert moved(tiny_model_dir, workplace / "run") > 1e-3
+    assert moved(terse_model_dir, workplace / "run") > 1e-3
 
 
 def test_a_killed_process_ends_the_run(start, workplace):
@@ -284,7 +284,7 @@ def test_a_killed_launcher_leaves_no_process(start, workplace):
 
 
 @pytest.mark.slow
-def test_a_sharded_model_is_a_plain_one_in_the_end(train, workplace, tiny_model_dir):
+def test_a_sharded_model_is_a_plain_one_in_the_end(train, workplace, terse_model_dir):
     from transformers import AutoModelForCausalLM
 
     train("--nproc", 2, "training.sharding=full")
@@ -292,18 +292,18 @@ def test_a_sharded_model_is_a_plain_one_in_the_end(train, workplace, tiny_model_
     model, info = AutoModelForCausalLM.from_pretrained(workplace / "run" / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
-    assert moved(tiny_model_dir, workplace / "run") > 1e-3
+    assert moved(terse_model_dir, workplace / "run") > 1e-3
 
 
 @pytest.mark.slow
-def test_a_sharded_adapter_is_a_plain_one_in_the_end(train, workplace, tiny_model_dir):
+def test_a_sharded_adapter_is_a_plain_one_in_the_end(train, workplace, terse_model_dir):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     lora = ("method.name=lora", "method.lora_dropout=0")
     train("--nproc", 2, "training.sharding=full", *lora)
     assert_same(alone(workplace, *lora), workplace / "run", "adapter/adapter_model")
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    base = AutoModelForCausalLM.from_pretrained(terse_model_dir)
     ids = torch.tensor([[1, 2, 3]])
     before = base(ids).logits
     tuned = PeftModel.from_pretrained(base, workplace / "run" / "adapter")(ids).logits

@@ -49,11 +49,11 @@ def rows_file(tmp_path) -> Path:
 SHORT = ("training.max_steps=6", "training.eval_steps=3", "evaluation.max_new_tokens=8", "evaluation.max_examples=4")
 
 
-def test_from_a_file_to_a_merged_model(luthier, no_network, rows_file, tiny_model_dir, tmp_path, monkeypatch):
+def test_from_a_file_to_a_merged_model(luthier, no_network, rows_file, terse_model_dir, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.chdir(tmp_path)
-    code, out, err = luthier("init", rows_file, "--model", tiny_model_dir)
+    code, out, err = luthier("init", rows_file, "--model", terse_model_dir)
     assert code == 0, err
     assert "120 rows" in out
     proposed = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))
@@ -112,23 +112,23 @@ def _listed(value) -> list[int]:
     return value if isinstance(value, list) else [value]
 
 
-def test_full_tuning_saves_a_plain_model(luthier, no_network, rows_file, tiny_model_dir, tmp_path, monkeypatch):
+def test_full_tuning_saves_a_plain_model(luthier, no_network, rows_file, terse_model_dir, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    assert luthier("init", rows_file, "--model", tiny_model_dir, "--method", "full")[0] == 0
+    assert luthier("init", rows_file, "--model", terse_model_dir, "--method", "full")[0] == 0
     code, out, err = luthier("train", "recipe.yaml", *SHORT, "output_dir=run")
     assert code == 0, out + err
     tuned = AutoModelForCausalLM.from_pretrained("run/model")
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    base = AutoModelForCausalLM.from_pretrained(terse_model_dir)
     assert not torch.equal(tuned.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
     code, _, err = luthier("merge", "run")
     assert code == 2 and "nothing to merge" in err
 
 
-def test_a_refused_run_says_so_and_leaves_no_model(luthier, rows_file, tiny_model_dir, tmp_path, monkeypatch):
+def test_a_refused_run_says_so_and_leaves_no_model(luthier, rows_file, terse_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    luthier("init", rows_file, "--model", tiny_model_dir)
+    luthier("init", rows_file, "--model", terse_model_dir)
     code, out, err = luthier("check", "recipe.yaml", "data.max_length=30")
     assert code == 1 and "rows_lost" in out and "too_long" in out
     code, out, err = luthier("train", "recipe.yaml", "data.max_length=30", "output_dir=run")
@@ -139,9 +139,9 @@ def test_a_refused_run_says_so_and_leaves_no_model(luthier, rows_file, tiny_mode
     assert len(rejects) == 120 and {r["reason"] for r in rejects} == {"too_long"}
 
 
-def test_a_folder_of_the_users_is_never_touched(luthier, rows_file, tiny_model_dir, tmp_path, monkeypatch):
+def test_a_folder_of_the_users_is_never_touched(luthier, rows_file, terse_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    luthier("init", rows_file, "--model", tiny_model_dir)
+    luthier("init", rows_file, "--model", terse_model_dir)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -175,10 +175,10 @@ def test_a_folder_of_the_users_is_never_touched(luthier, rows_file, tiny_model_d
     ],
 )
 def test_mistakes_get_one_message_and_exit_code_two(
-    luthier, no_network, rows_file, tiny_model_dir, tmp_path, monkeypatch, arguments, wanted
+    luthier, no_network, rows_file, terse_model_dir, tmp_path, monkeypatch, arguments, wanted
 ):
     monkeypatch.chdir(tmp_path)
-    assert luthier("init", rows_file, "--model", tiny_model_dir)[0] == 0
+    assert luthier("init", rows_file, "--model", terse_model_dir)[0] == 0
     code, out, err = luthier(*arguments)
     assert code == 2, out + err
     assert wanted in err and "Traceback" not in err
@@ -186,10 +186,10 @@ def test_mistakes_get_one_message_and_exit_code_two(
 
 
 def test_one_of_several_processes_without_the_others_is_refused(
-    luthier, rows_file, tiny_model_dir, tmp_path, monkeypatch
+    luthier, rows_file, terse_model_dir, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    luthier("init", rows_file, "--model", tiny_model_dir)
+    luthier("init", rows_file, "--model", terse_model_dir)
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = luthier("train", "recipe.yaml")
     assert code == 2 and "MASTER_ADDR" in err and "--nproc" in err

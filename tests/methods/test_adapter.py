@@ -242,14 +242,14 @@ def test_a_copy_is_its_own():
         assert not torch.equal(twin(ids()).logits, model(ids()).logits)
 
 
-def test_a_run_and_its_resumption(tmp_path, smollm2_dir):
+def test_a_run_and_its_resumption(tmp_path, terse_model_dir):
     rows = [{"input": f"What is {i} + {i}?", "output": str(2 * i)} for i in range(8)]
 
     def recipe(name, **training):
         settings = {"report_to": [], "max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 2}
         return Recipe.from_dict(
             {
-                "model": {"name": str(smollm2_dir), "dtype": "float32"},
+                "model": {"name": str(terse_model_dir), "dtype": "float32"},
                 "data": {"split": {"validation": 0, "test": 0}},
                 "method": {"name": "adapter", "adapter_dropout": 0.1},
                 "training": settings | training,

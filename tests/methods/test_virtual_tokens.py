@@ -257,14 +257,14 @@ class PowerCut(Silent):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_from_end_to_end_and_resumed(name, tmp_path, tiny_model_dir):
+def test_a_run_from_end_to_end_and_resumed(name, tmp_path, terse_model_dir):
     rows = [TrainingExample(f"Name the colour {w}.", f"It is like {w * 3}.") for w in "abcdefghijkl"]
     given = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
 
     def recipe(folder: str):
         return Recipe.from_dict(
             {
-                "model": {"name": str(tiny_model_dir), "dtype": "float32"},
+                "model": {"name": str(terse_model_dir), "dtype": "float32"},
                 "method": {"name": name, "num_virtual_tokens": 18},
                 "training": {"report_to": [], "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4},
                 "evaluation": {"max_new_tokens": 4},

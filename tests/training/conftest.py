@@ -1,4 +1,4 @@
-"""A small trainer that the training tests share: the tiny model, encoded rows, one run folder."""
+"""A small trainer that the training tests share: the terse model, encoded rows, one run folder."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def bench(tiny_model_dir) -> Bench:
-    return Bench(tiny_model_dir)
+def bench(terse_model_dir) -> Bench:
+    return Bench(terse_model_dir)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

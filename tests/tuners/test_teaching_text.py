@@ -21,7 +21,7 @@ def rows_file(tmp_path):
     return path
 
 
-def test_the_whole_example(rows_file, tiny_model_dir, tmp_path):
+def test_the_whole_example(rows_file, terse_model_dir, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loader = DatasetLoader(task_type=TaskType.CAUSAL_LM)
@@ -34,7 +34,7 @@ def test_the_whole_example(rows_file, tiny_model_dir, tmp_path):
     train_examples = augmentor.augment_examples(train_examples, augment_ratio=0.1)
     assert len(train_examples) == 112 + 11
 
-    tuner = LoRATuner(model_name=str(tiny_model_dir))
+    tuner = LoRATuner(model_name=str(terse_model_dir))
     tuner.train(
         train_examples=train_examples,
         val_examples=val_examples,
@@ -57,7 +57,7 @@ def test_the_whole_example(rows_file, tiny_model_dir, tmp_path):
     # The merged folder is the model that was trained, not the base with a new name.
     ids = tokenizer("Name the colour", return_tensors="pt").input_ids
     with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(terse_model_dir)(ids).logits
         ours, theirs = tuner.model(ids).logits.float(), model(ids).logits.float()
     assert (ours - theirs).abs().mean() < 0.25 * (ours - base).abs().mean()
 
@@ -89,25 +89,25 @@ def test_mistakes_in_arguments(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_instructions_are_learnt_with_an_adapter(tiny_model_dir, tmp_path):
+def test_instructions_are_learnt_with_an_adapter(terse_model_dir, tmp_path):
     rows = [TrainingExample(input=f"say {i}", output=f"said {i}") for i in range(8)]
-    tuner = InstructionTuner(str(tiny_model_dir), method="lora")
+    tuner = InstructionTuner(str(terse_model_dir), method="lora")
     result = tuner.train(rows, output_dir=tmp_path / "run", max_steps=1, lora_r=4, quiet=True)
     assert result.saved.name == "adapter"
     recipe = Recipe.load(tmp_path / "run" / "recipe.yaml")
     assert (recipe.task, recipe.method.name, recipe.method.r) == ("instruction", "lora", 4)
     tuner.merge_and_save(tmp_path / "merged")
-    full = FullFineTuner(str(tiny_model_dir))
+    full = FullFineTuner(str(terse_model_dir))
     full.train(rows, output_dir=tmp_path / "full", max_steps=1, quiet=True)
     with pytest.raises(UserError, match="nothing to merge"):
         full.merge_and_save(tmp_path / "full-merged")
 
 
-def test_full_tuning_from_python(tiny_model_dir, tmp_path):
+def test_full_tuning_from_python(terse_model_dir, tmp_path):
     from transformers import AutoModelForCausalLM
 
     rows = [TrainingExample(input=f"say {i}", output=f"said {i}") for i in range(16)]
-    result = FullFineTuner(str(tiny_model_dir)).train(rows, output_dir=tmp_path / "run", max_steps=2, quiet=True)
+    result = FullFineTuner(str(terse_model_dir)).train(rows, output_dir=tmp_path / "run", max_steps=2, quiet=True)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
     for name, value in result.model.state_dict().items():
         assert torch.equal(saved[name], value), name
