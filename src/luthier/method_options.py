@@ -39,6 +39,9 @@ class LoraMethod(Section):
     """Other ranks for some layers, by a name's end or a regular expression of it: {o_proj: 4, layers.29.*: 16}."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Other lora_alpha for some layers, in the same way."""
+    init_lora_weights: Literal["default", "pissa"] = "default"
+    """How the matrices begin: noise and zeros (default), or the principal part of each weight (pissa; Meng et al., 2024,
+    arXiv:2404.02948), which is computed exactly, takes lora_dropout 0, and is saved as a plain LoRA of rank 2 r."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
     use_dora: bool = False
@@ -56,6 +59,14 @@ class LoraMethod(Section):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
         return value
+
+    @model_validator(mode="after")
+    def _whole_principal_part(self) -> LoraMethod:
+        if self.init_lora_weights == "pissa" and self.lora_dropout:
+            if "lora_dropout" in self.model_fields_set:
+                raise ValueError("lora_dropout must be 0 with init_lora_weights=pissa: it would drop parts of the weights")
+            self.lora_dropout = 0.0
+        return self
 
 
 class PromptMethod(Section):

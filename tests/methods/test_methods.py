@@ -30,6 +30,14 @@ CASES = {
     "lora-plus": {"loraplus_lr_ratio": 8},
     "lora-patterns": {"rank_pattern": {"k_proj|c_proj": 4}, "alpha_pattern": {"(layers|h).1.*": 8.0}},
     "lora-layers": {"layers_to_transform": [1]},
+    "lora-pissa": {"init_lora_weights": "pissa", "rank_pattern": {"k_proj|c_proj": 4}},
+    "lora-pissa-all": {
+        "init_lora_weights": "pissa",
+        "use_rslora": True,
+        "use_dora": True,
+        "alpha_pattern": {"(layers|h).1.*": 8.0},
+        "modules_to_save": ["lm_head"],
+    },
     "ia3": {},
 }
 # A tenth of what these random models want; the defaults are for real ones.

@@ -6,8 +6,10 @@ PEFT, so what is saved is a plain PEFT adapter.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from luthier.data.examples import TaskType
 from luthier.errors import UserError
 from luthier.method_options import LoraMethod
 from luthier.methods.base import Advice, TuningMethod, peft_task, register, wrapped_by_peft
+from luthier.methods.pissa import begin_as_principal, whole_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,15 +55,19 @@ class Lora(TuningMethod):
             if isinstance(targets, str):
                 # PEFT takes layers' numbers beside a list of names alone.
                 targets = linear_names(model) if targets == "all-linear" else [targets]
+        # PiSSA's matrices have a frozen half; alpha grows with the rank, so that the scale is that of the trained one.
+        pissa = options.init_lora_weights == "pissa"
+        ranks = 2 if pissa else 1
+        alphas = math.sqrt(ranks) if options.use_rslora else ranks
         config = LoraConfig(
             task_type=peft_task(task),
-            r=options.r,
-            lora_alpha=options.lora_alpha,  # type: ignore[arg-type]
+            r=ranks * options.r,
+            lora_alpha=alphas * options.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=options.lora_dropout,
             target_modules=targets,
             modules_to_save=options.modules_to_save or None,
-            rank_pattern=options.rank_pattern,
-            alpha_pattern=options.alpha_pattern,
+            rank_pattern={name: ranks * rank for name, rank in options.rank_pattern.items()},
+            alpha_pattern={name: alphas * alpha for name, alpha in options.alpha_pattern.items()},
             use_rslora=options.use_rslora,
             use_dora=options.use_dora,
             **extra,
@@ -76,11 +83,18 @@ class Lora(TuningMethod):
         adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
         for field in ("rank_pattern", "alpha_pattern"):
             _require_matches(getattr(options, field), adapted, f"method.{field}")
+        if pissa:
+            begin_as_principal(wrapped)
         return wrapped
+
+    def save(self, model: Any, folder: Path) -> None:
+        """See :meth:`TuningMethod.save`."""
+        model.save_pretrained(folder, state_dict=whole_state(model))
 
     def kept_values(self, options: LoraMethod, hidden: int, inner: int) -> int:
         """See :meth:`TuningMethod.kept_values`: the matrices' own inputs after dropout, seven places a layer."""
-        return (5 * hidden + 2 * inner if options.lora_dropout else 0) + 14 * options.r
+        ranks = 2 * options.r if options.init_lora_weights == "pissa" else options.r
+        return (5 * hidden + 2 * inner if options.lora_dropout else 0) + 14 * ranks
 
     def rates(self, names: Iterable[str], options: LoraMethod) -> dict[str, float]:
         """See :meth:`TuningMethod.rates`; LoRA+ lets B learn faster."""

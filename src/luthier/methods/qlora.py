@@ -40,6 +40,12 @@ class Qlora(Lora):
     def check(self, recipe: Recipe) -> None:
         """See :meth:`TuningMethod.check`."""
         super().check(recipe)
+        if isinstance(recipe.method, QloraMethod) and recipe.method.init_lora_weights == "pissa":
+            raise UserError(
+                "PiSSA takes weights apart as they are stored, and method qlora holds them quantised",
+                where="method.init_lora_weights",
+                remedy="set it to default, or use method.name=lora",
+            )
         require_bitsandbytes()
 
     def quantization(self, options: QloraMethod) -> Quantization:
