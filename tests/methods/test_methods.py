@@ -23,6 +23,7 @@ FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
 
 CASES = {
     "full": {},
+    "full-frozen": {"frozen_layers": "first 1", "frozen_modules": ["embed_tokens|wte"]},
     "lora": {},
     "lora-named": {"target_modules": ["c_attn", "q_proj", "v_proj"]},
     "lora-rslora": {"use_rslora": True, "r": 16},
@@ -38,6 +39,8 @@ CASES = {
         "alpha_pattern": {"(layers|h).1.*": 8.0},
         "modules_to_save": ["lm_head"],
     },
+    "mixed": {},
+    "mixed-layers": {"layers_to_transform": "first 1", "modules_to_save": ["(layers|h).1", "embed_tokens|wte"]},
     "ia3": {},
 }
 # A tenth of what these random models want; the defaults are for real ones.
@@ -47,7 +50,7 @@ RATES = {"full": 3e-3, "ia3": 5e-2}
 def made(case, folder):
     """The method of a case, its options, and the model in float32 wrapped by it."""
     method = get_method(case.partition("-")[0])
-    options = options_of(method.name)(**({"lora_dropout": 0.0} if method.name == "lora" else {}), **CASES[case])
+    options = options_of(method.name)(**({"lora_dropout": 0.0} if method.name in ("lora", "mixed") else {}), **CASES[case])
     torch.manual_seed(0)
     return method, options, method.wrap(load_model(folder, dtype=torch.float32), options, [])
 
@@ -218,6 +221,15 @@ def wrong(method, **options):
         (wrong("lora", rank_pattern={"o_prj": 4}), "no layer with matrices is named 'o_prj'"),
         (wrong("lora", alpha_pattern={"layers.2.*": 4}), "no layer with matrices is named"),
         (wrong("lora", layers_to_transform=[0, 2]), "layers 0 to 1, not 2"),
+        (wrong("lora", layers_to_transform="1-2"), "layers 0 to 1, not 2"),
+        (wrong("mixed", layers_to_transform="last 3"), "layers 0 to 1, not -1"),
+        (wrong("mixed", modules_to_save=["embed_token"]), "did you mean 'embed_tokens'?"),
+        (wrong("lora", modules_to_save=["layers.1.mpl"]), "did you mean 'layers.1.mlp'?"),
+        (wrong("full", frozen_modules=["lm_haed"]), "did you mean 'lm_head'?"),
+        (wrong("full", frozen_layers="1-2"), "layers 0 to 1, not 2"),
+        (wrong("full", frozen_layers="first 2", frozen_modules=["embed_tokens", "norm"]), "nothing is left to train"),
+        (wrong("lora", init_lora_weights="pissa", r=65), "fewer than the rank 65"),
+        (wrong("lora", init_lora_weights="pissa", target_modules=["embed_tokens"]), "PiSSA"),
         (wrong("lora", layers_to_transform=[]), "no layer is named"),
         (wrong("lora", target_modules=["q_prj"]), "LoRA does not fit this model"),
         (wrong("ia3", target_modules=["q_prj"]), "IA3 does not fit this model"),

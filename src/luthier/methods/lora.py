@@ -19,6 +19,7 @@ from luthier.data.examples import TaskType
 from luthier.errors import UserError
 from luthier.method_options import LoraMethod
 from luthier.methods.base import Advice, TuningMethod, peft_task, register, wrapped_by_peft
+from luthier.methods.parts import layer_numbers, module_names
 from luthier.methods.pissa import begin_as_principal, whole_state
 
 if TYPE_CHECKING:
@@ -45,13 +46,15 @@ class Lora(TuningMethod):
         from peft import LoraConfig
 
         extra: dict[str, Any] = {}
-        if new_token_ids and not {"embed_tokens", "wte"} & set(options.modules_to_save):
+        whole = module_names(model, options.modules_to_save, "method.modules_to_save")
+        if new_token_ids and model.get_input_embeddings() not in map(model.get_submodule, whole):
             # Only the new rows of the embeddings are trained and saved, not the whole matrix.
             extra["trainable_token_indices"] = new_token_ids
         targets = options.target_modules
         if options.layers_to_transform is not None:
-            _require_layers(model, options.layers_to_transform)
-            extra["layers_to_transform"] = options.layers_to_transform
+            extra["layers_to_transform"] = layer_numbers(
+                model, options.layers_to_transform, "method.layers_to_transform"
+            )
             if isinstance(targets, str):
                 # PEFT takes layers' numbers beside a list of names alone.
                 targets = linear_names(model) if targets == "all-linear" else [targets]
@@ -65,7 +68,7 @@ class Lora(TuningMethod):
             lora_alpha=alphas * options.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=options.lora_dropout,
             target_modules=targets,
-            modules_to_save=options.modules_to_save or None,
+            modules_to_save=whole or None,
             rank_pattern={name: ranks * rank for name, rank in options.rank_pattern.items()},
             alpha_pattern={name: alphas * alpha for name, alpha in options.alpha_pattern.items()},
             use_rslora=options.use_rslora,
@@ -110,17 +113,6 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     kinds = (torch.nn.Linear, Conv1D)
     found = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
     return sorted(found)
-
-
-def _require_layers(model: PreTrainedModel, layers: list[int]) -> None:
-    count = int(model.config.get_text_config().num_hidden_layers)
-    odd = [number for number in layers if not 0 <= number < count]
-    if odd or not layers:
-        raise UserError(
-            f"the model has the layers 0 to {count - 1}, not {odd[0]}" if odd else "no layer is named",
-            where="method.layers_to_transform",
-            remedy="name layers of the model, or leave it empty for all",
-        )
 
 
 def _require_matches(patterns: Iterable[str], adapted: list[str], where: str) -> None:
