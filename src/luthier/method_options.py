@@ -11,7 +11,7 @@ from luthier.errors import UserError
 from luthier.section import Section
 
 
-def _layers(value: list[int] | str) -> list[int] | str:
+def _layers(value: list[int] | str | None) -> list[int] | str | None:
     if isinstance(value, str) and not re.fullmatch(r"(first|last) \d+|\d+-\d+", value):
         raise ValueError(f"{value!r} is no range of layers: write first 4, last 4, 2-5, or a list of numbers")
     return value
@@ -26,7 +26,7 @@ def _expressions(value: Any) -> Any:
     return value
 
 
-Layers = Annotated[list[int] | str, AfterValidator(_layers)]
+Layers = Annotated[list[int] | str | None, AfterValidator(_layers)]
 Modules = Annotated[list[str], AfterValidator(_expressions)]
 
 
@@ -35,7 +35,7 @@ class FullMethod(Section):
 
     name: Literal["full"] = "full"
     """Trains every parameter that is not frozen."""
-    frozen_layers: Layers | None = None
+    frozen_layers: Layers = None
     """Layers that stay as they are: numbers from 0, or first 20, last 2, 4-9; empty: none."""
     frozen_modules: Modules = Field(default_factory=list)
     """Other modules that stay as they are, by a name's end or a regular expression of it, for example embed_tokens;
@@ -58,15 +58,20 @@ class LoraMethod(Section):
     modules_to_save: Modules = Field(default_factory=list)
     """Modules trained and saved whole beside the matrices, by a name's end or a regular expression of it, for example
     embed_tokens or layers.29; all-norms: every norm."""
-    layers_to_transform: Layers | None = None
+    layers_to_transform: Layers = None
     """Layers that get matrices: numbers from 0, or first 20, last 2, 4-9; empty: all."""
-    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_expressions)] = Field(default_factory=dict)
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_expressions)] = Field(
+        default_factory=dict
+    )
     """Other ranks for some layers, by a name's end or a regular expression of it: {o_proj: 4, layers.29.*: 16}."""
-    alpha_pattern: Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_expressions)] = Field(default_factory=dict)
+    alpha_pattern: Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_expressions)] = Field(
+        default_factory=dict
+    )
     """Other lora_alpha for some layers, in the same way."""
     init_lora_weights: Literal["default", "pissa"] = "default"
-    """How the matrices begin: noise and zeros (default), or the principal part of each weight (pissa; Meng et al., 2024,
-    arXiv:2404.02948), which is computed exactly, takes lora_dropout 0, and is saved as a plain LoRA of rank 2 r."""
+    """How the matrices begin: noise and zeros (default), or the principal part of each weight (pissa; Meng et al.,
+    2024, arXiv:2404.02948), which is computed exactly, takes lora_dropout 0, and is saved as a plain LoRA of rank
+    2 r."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
     use_dora: bool = False
@@ -79,7 +84,9 @@ class LoraMethod(Section):
     def _whole_principal_part(self) -> LoraMethod:
         if self.init_lora_weights == "pissa" and self.lora_dropout:
             if "lora_dropout" in self.model_fields_set:
-                raise ValueError("lora_dropout must be 0 with init_lora_weights=pissa: it would drop parts of the weights")
+                raise ValueError(
+                    "lora_dropout must be 0 with init_lora_weights=pissa: it would drop parts of the weights"
+                )
             self.lora_dropout = 0.0
         return self
 

@@ -443,7 +443,7 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
             hint = f"; did you mean {near!r}?" if near else ""
             if method is not None and any(location[-1] in kind.model_fields for kind in METHODS_BY_NAME.values()):
                 fields = [field for field in method.model_fields if field != "name"]
-                hint = f"; {method.model_fields['name'].default} has {', '.join(fields) or 'none'}"
+                hint = f"; {method.model_fields['name'].default} has {', '.join(fields)}"
             problems.append(f"unknown key {key!r}{hint}")
         elif item["type"] == "union_tag_invalid":
             known = ", ".join(METHODS_BY_NAME)

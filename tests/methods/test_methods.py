@@ -50,7 +50,9 @@ RATES = {"full": 3e-3, "ia3": 5e-2}
 def made(case, folder):
     """The method of a case, its options, and the model in float32 wrapped by it."""
     method = get_method(case.partition("-")[0])
-    options = options_of(method.name)(**({"lora_dropout": 0.0} if method.name in ("lora", "mixed") else {}), **CASES[case])
+    options = options_of(method.name)(
+        **({"lora_dropout": 0.0} if method.name in ("lora", "mixed") else {}), **CASES[case]
+    )
     torch.manual_seed(0)
     return method, options, method.wrap(load_model(folder, dtype=torch.float32), options, [])
 

@@ -44,7 +44,7 @@ class Full(TuningMethod):
                 layers[number].requires_grad_(False)
         for name in module_names(model, options.frozen_modules, "method.frozen_modules"):
             model.get_submodule(name).requires_grad_(False)
-        if new_token_ids and not model.get_input_embeddings().weight.requires_grad:  # type: ignore[union-attr]
+        if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
             raise UserError(
                 "the embeddings of added tokens would stay as they are",
                 where="method.frozen_modules",

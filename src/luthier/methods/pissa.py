@@ -84,5 +84,5 @@ def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if parametrize.is_parametrized(module, "weight"):
             for part in [key for key in state if key.startswith(f"{name}.parametrizations.weight.")]:
                 del state[part]
-            state[f"{name}.weight"] = module.weight.detach()  # type: ignore[operator, union-attr]
+            state[f"{name}.weight"] = module.weight.detach()
     return state
