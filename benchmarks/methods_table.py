@@ -31,6 +31,9 @@ VARIANTS: dict[str, list[str]] = {
     "lora, rsLoRA": ["method.use_rslora=true"],
     "lora, DoRA": ["method.use_dora=true"],
     "lora, LoRA+": ["method.loraplus_lr_ratio=8"],
+    # The quickstart's recipe has no dropout, as PiSSA wants.
+    "lora, PiSSA": ["method.init_lora_weights=pissa"],
+    "mixed": ["method={name: mixed, r: 16, lora_alpha: 32, lora_dropout: 0.0}"],
     "qlora": ["method={name: qlora, r: 16, lora_alpha: 32, lora_dropout: 0.0}"],
     "prompt": ["method={name: prompt}", "training.learning_rate=1e-2"],
     "p_tuning": ["method={name: p_tuning}", "training.learning_rate=1e-3"],

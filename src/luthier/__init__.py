@@ -22,6 +22,7 @@ _HOMES = {
     "FullFineTuner": "luthier.tuners",
     "InstructionTuner": "luthier.tuners",
     "LoRATuner": "luthier.tuners",
+    "MixedTuner": "luthier.tuners",
     "QLoRATuner": "luthier.tuners",
     "PTuningTuner": "luthier.tuners",
     "PrefixTuner": "luthier.tuners",

@@ -5,17 +5,41 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from luthier.errors import UserError
 from luthier.section import Section
+
+
+def _layers(value: list[int] | str | None) -> list[int] | str | None:
+    if isinstance(value, str) and not re.fullmatch(r"(first|last) \d+|\d+-\d+", value):
+        raise ValueError(f"{value!r} is no range of layers: write first 4, last 4, 2-5, or a list of numbers")
+    return value
+
+
+def _expressions(value: Any) -> Any:
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return value
+
+
+Layers = Annotated[list[int] | str | None, AfterValidator(_layers)]
+Modules = Annotated[list[str], AfterValidator(_expressions)]
 
 
 class FullMethod(Section):
     """Every parameter is trained; what methods do, cost and merge: [methods.md](methods.md)."""
 
     name: Literal["full"] = "full"
-    """Trains every parameter."""
+    """Trains every parameter that is not frozen."""
+    frozen_layers: Layers = None
+    """Layers that stay as they are: numbers from 0, or first 20, last 2, 4-9; empty: none."""
+    frozen_modules: Modules = Field(default_factory=list)
+    """Other modules that stay as they are, by a name's end or a regular expression of it, for example embed_tokens;
+    all-norms: every norm."""
 
 
 class LoraMethod(Section):
@@ -31,14 +55,23 @@ class LoraMethod(Section):
     """Dropout on the input of the low-rank path."""
     target_modules: str | list[str] = "all-linear"
     """Which layers get matrices: all-linear (all but the output head) or a list of names."""
-    modules_to_save: list[str] = Field(default_factory=list)
-    """Layers trained and saved whole beside the matrices, for example embed_tokens."""
-    layers_to_transform: list[int] | None = None
-    """Numbers of the layers that get matrices, from 0; empty: all."""
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    modules_to_save: Modules = Field(default_factory=list)
+    """Modules trained and saved whole beside the matrices, by a name's end or a regular expression of it, for example
+    embed_tokens or layers.29; all-norms: every norm."""
+    layers_to_transform: Layers = None
+    """Layers that get matrices: numbers from 0, or first 20, last 2, 4-9; empty: all."""
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_expressions)] = Field(
+        default_factory=dict
+    )
     """Other ranks for some layers, by a name's end or a regular expression of it: {o_proj: 4, layers.29.*: 16}."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    alpha_pattern: Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_expressions)] = Field(
+        default_factory=dict
+    )
     """Other lora_alpha for some layers, in the same way."""
+    init_lora_weights: Literal["default", "pissa"] = "default"
+    """How the matrices begin: noise and zeros (default), or the principal part of each weight (pissa; Meng et al.,
+    2024, arXiv:2404.02948), which is computed exactly, takes lora_dropout 0, and is saved as a plain LoRA of rank
+    2 r."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732)."""
     use_dora: bool = False
@@ -47,15 +80,15 @@ class LoraMethod(Section):
     loraplus_lr_ratio: float | None = Field(None, ge=1)
     """How many times faster B learns than A (LoRA+; Hayou et al., 2024, arXiv:2402.12354): 2 to 16; empty: as fast."""
 
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _are_expressions(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-        return value
+    @model_validator(mode="after")
+    def _whole_principal_part(self) -> LoraMethod:
+        if self.init_lora_weights == "pissa" and self.lora_dropout:
+            if "lora_dropout" in self.model_fields_set:
+                raise ValueError(
+                    "lora_dropout must be 0 with init_lora_weights=pissa: it would drop parts of the weights"
+                )
+            self.lora_dropout = 0.0
+        return self
 
 
 class PromptMethod(Section):
@@ -130,6 +163,18 @@ class QloraMethod(LoraMethod):
     """The scales of blocks of 4-bit weights are quantised as well."""
 
 
+class MixedMethod(LoraMethod):
+    """Low-rank matrices, and other modules trained whole beside them at a rate of their own."""
+
+    name: Literal["mixed"] = "mixed"  # type: ignore[assignment]
+    """Trains low-rank matrices in some layers and other modules whole."""
+    modules_to_save: Modules = Field(default=["all-norms"], min_length=1)
+    """Modules trained and saved whole, by a name's end or a regular expression of it, for example embed_tokens or
+    layers.29; all-norms: every norm. They get no matrices."""
+    modules_to_save_lr_ratio: float = Field(0.1, gt=0)
+    """Their learning rate, as a share of that of the matrices."""
+
+
 class Ia3Method(Section):
     """Learnt factors of keys, values and inner activations."""
 
@@ -150,7 +195,15 @@ class Ia3Method(Section):
 
 
 Method = Annotated[
-    LoraMethod | QloraMethod | FullMethod | AdapterMethod | Ia3Method | PromptMethod | PTuningMethod | PrefixMethod,
+    LoraMethod
+    | QloraMethod
+    | MixedMethod
+    | FullMethod
+    | AdapterMethod
+    | Ia3Method
+    | PromptMethod
+    | PTuningMethod
+    | PrefixMethod,
     Field(discriminator="name"),
 ]
 METHODS_BY_NAME: dict[str, type[Section]] = {

@@ -157,8 +157,9 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
         if method.rates(trainable_parameters(model), recipe.method):
             raise UserError(
                 "DeepSpeed's optimiser would let all parameters learn equally fast",
-                where="method.loraplus_lr_ratio",
-                remedy="leave it empty, or use training.sharding=full in the place of DeepSpeed",
+                where="method",
+                remedy="leave method.loraplus_lr_ratio empty, set method.modules_to_save_lr_ratio to 1, or use "
+                "training.sharding=full in the place of DeepSpeed",
             )
         shards = Zero(
             model,

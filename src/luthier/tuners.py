@@ -15,6 +15,7 @@ from luthier.method_options import (
     AdapterMethod,
     FullMethod,
     LoraMethod,
+    MixedMethod,
     PrefixMethod,
     PromptMethod,
     PTuningMethod,
@@ -195,6 +196,17 @@ class QLoRATuner(LoRATuner):
     """
 
     _method = QloraMethod
+
+
+class MixedTuner(LoRATuner):
+    """Trains low-rank matrices in some layers and other modules whole, at a rate of their own.
+
+    Args:
+        model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        **model_options: other fields of the recipe's model section, for example ``dtype``.
+    """
+
+    _method = MixedMethod
 
 
 class PromptTuner(_Tuner):

@@ -131,6 +131,7 @@ def test_shared_beginnings_change_nothing_in_the_models_own_layers(family):
         {"modules_to_save": ["embed_tokens"]},
         {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"layers.1.*": 8}},
         {"layers_to_transform": [1]},
+        {"init_lora_weights": "pissa", "modules_to_save": ["all-norms", "layers.0.mlp"]},
     ],
     ids=str,
 )

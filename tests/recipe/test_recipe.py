@@ -46,7 +46,7 @@ def test_overrides_win_and_keep_their_types(tmp_path):
         ("training: {num_train_epochs: many}", "training.num_train_epochs"),
         ("training: {per_device_train_batch_size: 0}", "greater than or equal to 1"),
         ("method: qlorra", "unknown method 'qlorra'"),
-        ("method: {name: full, r: 8}", "unknown key 'method.r'; full has none"),
+        ("method: {name: full, r: 8}", "unknown key 'method.r'; full has frozen_layers, frozen_modules"),
         ("method: {name: ia3, r: 8}", "unknown key 'method.r'; ia3 has target_modules, feedforward_modules"),
         ("method: {name: prefix, num_tokens: 8}", "did you mean 'method.num_virtual_tokens'"),
         ("data: {columns: {prompt: [a]}}", "data.columns.prompt: "),
@@ -79,7 +79,7 @@ def test_overrides_without_a_value_or_through_a_value():
 def test_an_override_may_be_a_whole_section(tmp_path):
     path = write(tmp_path, "method: {name: lora, r: 4}\n")
     method = Recipe.load(path, ["method={name: full}"]).method
-    assert method.model_dump() == {"name": "full"}
+    assert method.model_dump(exclude_unset=True) == {"name": "full"}
     recipe = Recipe.load(path, ["data.train=[a.jsonl, e.jsonl]", "data.clean=FILE.py:some_function"])
     assert [Path(source.path).name for source in recipe.data.train] == ["a.jsonl", "e.jsonl"]
     assert recipe.data.clean[0].name.endswith("FILE.py:some_function")

@@ -28,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-accumulated": {"method": "lora", "batch": 2, "gradient_accumulation_steps": 2, "rows": 13},
     "full-few": {"method": "full", "rows": 9},
     "lora-dora-plus": {"method": {"name": "lora", "use_dora": True, "loraplus_lr_ratio": 4}},
+    "lora-pissa": {"method": {"name": "lora", "init_lora_weights": "pissa"}},
+    "mixed": {"method": {"name": "mixed", "lora_dropout": 0.0, "modules_to_save": ["all-norms", "layers.1.mlp"]}},
     "ia3": {"method": "ia3"},
     "adapter": {"method": "adapter"},
 }

@@ -1,6 +1,6 @@
 """Tuning methods, one file each. Importing this package registers them."""
 
-from luthier.methods import adapter, full, ia3, lora, p_tuning, prefix, prompt, qlora
+from luthier.methods import adapter, full, ia3, lora, mixed, p_tuning, prefix, prompt, qlora
 from luthier.methods.base import METHODS, TuningMethod, get_method
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "get_method",
     "ia3",
     "lora",
+    "mixed",
     "p_tuning",
     "prefix",
     "prompt",

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter is trained, and a whole model is saved."""
+"""Full fine-tuning: every parameter is trained but what the recipe freezes, and a whole model is saved."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 
 from luthier.data.advice import FULL_IS_BETTER_FROM, rows_for
 from luthier.data.examples import TaskType
+from luthier.errors import UserError
 from luthier.method_options import FullMethod
 from luthier.methods.base import Advice, TuningMethod, register
+from luthier.methods.parts import layer_numbers, layers_of, module_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,4 +38,20 @@ class Full(TuningMethod):
     ) -> torch.nn.Module:
         """See :meth:`TuningMethod.wrap`."""
         model.requires_grad_(True)
+        if options.frozen_layers is not None:
+            layers = layers_of(model)
+            for number in layer_numbers(model, options.frozen_layers, "method.frozen_layers"):
+                layers[number].requires_grad_(False)
+        for name in module_names(model, options.frozen_modules, "method.frozen_modules"):
+            model.get_submodule(name).requires_grad_(False)
+        if new_token_ids and not model.get_input_embeddings().weight.requires_grad:
+            raise UserError(
+                "the embeddings of added tokens would stay as they are",
+                where="method.frozen_modules",
+                remedy="leave the embeddings out of it, or add no tokens",
+            )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                "nothing is left to train", where="method.frozen_modules", remedy="freeze fewer layers or modules"
+            )
         return model

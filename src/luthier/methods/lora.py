@@ -6,8 +6,10 @@ PEFT, so what is saved is a plain PEFT adapter.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,8 @@ from luthier.data.examples import TaskType
 from luthier.errors import UserError
 from luthier.method_options import LoraMethod
 from luthier.methods.base import Advice, TuningMethod, peft_task, register, whole_modules, wrapped_by_peft
+from luthier.methods.parts import layer_numbers, module_names
+from luthier.methods.pissa import begin_as_principal, whole_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,25 +46,31 @@ class Lora(TuningMethod):
         from peft import LoraConfig
 
         extra: dict[str, Any] = {}
-        if new_token_ids and not {"embed_tokens", "wte"} & set(options.modules_to_save):
+        whole = module_names(model, options.modules_to_save, "method.modules_to_save")
+        if new_token_ids and model.get_input_embeddings() not in map(model.get_submodule, whole):
             # Only the new rows of the embeddings are trained and saved, not the whole matrix.
             extra["trainable_token_indices"] = new_token_ids
         targets = options.target_modules
         if options.layers_to_transform is not None:
-            _require_layers(model, options.layers_to_transform)
-            extra["layers_to_transform"] = options.layers_to_transform
+            extra["layers_to_transform"] = layer_numbers(
+                model, options.layers_to_transform, "method.layers_to_transform"
+            )
             if isinstance(targets, str):
                 # PEFT takes layers' numbers beside a list of names alone.
                 targets = linear_names(model) if targets == "all-linear" else [targets]
+        # PiSSA's matrices have a frozen half; alpha grows with the rank, so that the scale is that of the trained one.
+        pissa = options.init_lora_weights == "pissa"
+        ranks = 2 if pissa else 1
+        alphas = math.sqrt(ranks) if options.use_rslora else ranks
         config = LoraConfig(
             task_type=peft_task(task),
-            r=options.r,
-            lora_alpha=options.lora_alpha,  # type: ignore[arg-type]
+            r=ranks * options.r,
+            lora_alpha=alphas * options.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=options.lora_dropout,
             target_modules=targets,
-            modules_to_save=whole_modules(model, options.modules_to_save, task),
-            rank_pattern=options.rank_pattern,
-            alpha_pattern=options.alpha_pattern,
+            modules_to_save=whole_modules(model, whole, task),
+            rank_pattern={name: ranks * rank for name, rank in options.rank_pattern.items()},
+            alpha_pattern={name: alphas * alpha for name, alpha in options.alpha_pattern.items()},
             use_rslora=options.use_rslora,
             use_dora=options.use_dora,
             **extra,
@@ -76,11 +86,18 @@ class Lora(TuningMethod):
         adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
         for field in ("rank_pattern", "alpha_pattern"):
             _require_matches(getattr(options, field), adapted, f"method.{field}")
+        if pissa:
+            begin_as_principal(wrapped)
         return wrapped
+
+    def save(self, model: Any, folder: Path) -> None:
+        """See :meth:`TuningMethod.save`."""
+        model.save_pretrained(folder, state_dict=whole_state(model))
 
     def kept_values(self, options: LoraMethod, hidden: int, inner: int) -> int:
         """See :meth:`TuningMethod.kept_values`: the matrices' own inputs after dropout, seven places a layer."""
-        return (5 * hidden + 2 * inner if options.lora_dropout else 0) + 14 * options.r
+        ranks = 2 * options.r if options.init_lora_weights == "pissa" else options.r
+        return (5 * hidden + 2 * inner if options.lora_dropout else 0) + 14 * ranks
 
     def rates(self, names: Iterable[str], options: LoraMethod) -> dict[str, float]:
         """See :meth:`TuningMethod.rates`; LoRA+ lets B learn faster."""
@@ -96,17 +113,6 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     kinds = (torch.nn.Linear, Conv1D)
     found = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
     return sorted(found)
-
-
-def _require_layers(model: PreTrainedModel, layers: list[int]) -> None:
-    count = int(model.config.get_text_config().num_hidden_layers)
-    odd = [number for number in layers if not 0 <= number < count]
-    if odd or not layers:
-        raise UserError(
-            f"the model has the layers 0 to {count - 1}, not {odd[0]}" if odd else "no layer is named",
-            where="method.layers_to_transform",
-            remedy="name layers of the model, or leave it empty for all",
-        )
 
 
 def _require_matches(patterns: Iterable[str], adapted: list[str], where: str) -> None:

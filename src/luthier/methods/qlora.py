@@ -17,6 +17,7 @@ from luthier.errors import UserError
 from luthier.method_options import LoraMethod, QloraMethod
 from luthier.methods.base import Advice, register
 from luthier.methods.lora import Lora
+from luthier.methods.parts import module_names
 from luthier.models.quantized import Quantization, is_quantized, require_bitsandbytes
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ class Qlora(Lora):
     def check(self, recipe: Recipe) -> None:
         """See :meth:`TuningMethod.check`."""
         super().check(recipe)
+        if isinstance(recipe.method, QloraMethod) and recipe.method.init_lora_weights == "pissa":
+            raise UserError(
+                "PiSSA takes weights apart as they are stored, and method qlora holds them quantised",
+                where="method.init_lora_weights",
+                remedy="set it to default, or use method.name=lora",
+            )
         require_bitsandbytes()
 
     def quantization(self, options: QloraMethod) -> Quantization:
@@ -50,12 +57,10 @@ class Qlora(Lora):
         self, model: PreTrainedModel, options: LoraMethod, new_token_ids: list[int], task: TaskType = TaskType.CAUSAL_LM
     ) -> torch.nn.Module:
         """See :meth:`TuningMethod.wrap`."""
-        for name, module in model.named_modules():
-            # PEFT goes by the end of the name as well.
-            whole = next((n for n in options.modules_to_save if name == n or name.endswith(f".{n}")), None)
-            if whole is not None and any(is_quantized(p) for p in module.parameters()):
+        for name in module_names(model, options.modules_to_save, "method.modules_to_save"):
+            if any(is_quantized(p) for p in model.get_submodule(name).parameters()):
                 raise UserError(
-                    f"{whole!r} is quantised and cannot be trained whole",
+                    f"{name!r} is quantised and cannot be trained whole",
                     where="method.modules_to_save",
                     remedy="name only embeddings, norms or the output head, or use method.name=lora",
                 )

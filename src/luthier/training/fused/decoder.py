@@ -52,7 +52,7 @@ class FusedDecoder:
         for layer in body.layers:
             _check_layer(layer, calls)
         self.calls = calls
-        _norm_eps(body.norm)
+        _norm_eps(_running(body.norm))
         # Read once: everything that can change while a model trains is read at each call instead.
         self.windows = [calls[layer.self_attn].sliding_window for layer in body.layers]
 
@@ -79,7 +79,8 @@ class FusedDecoder:
             if number == len(body.layers) - 1:
                 call.rows = rows
             x = Layer.apply(x, plan, call, *tensors.flat())
-        hidden: torch.Tensor = Norm.apply(x, body.norm.weight, _norm_eps(body.norm), self.ops)
+        norm = _running(body.norm)
+        hidden: torch.Tensor = Norm.apply(x, norm.weight, _norm_eps(norm), self.ops)
         return hidden if back is None else hidden[back]
 
     def kept_bytes(self, recompute: Recompute) -> int:
@@ -91,7 +92,7 @@ class FusedDecoder:
         attention = layer.self_attn
         projections, scales, rates = zip(*(_projection(_module(layer, name)) for name in NAMES), strict=True)
         head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        norms = [layer.input_layernorm, layer.post_attention_layernorm, *head_norms]
+        norms = [_running(n) for n in (layer.input_layernorm, layer.post_attention_layernorm, *head_norms)]
         d = attention.head_dim
         plan = LayerPlan(
             heads=len(projections[0].weight) // d,
@@ -108,7 +109,18 @@ class FusedDecoder:
 
 
 def _module(layer: Any, name: str) -> Any:
-    return getattr(layer.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else layer.mlp, name)
+    return _running(getattr(layer.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else layer.mlp, name))
+
+
+def _running(module: Any) -> Any:
+    """The module that runs: of one that is trained whole beside an adapter, PEFT keeps the original and a copy."""
+    from peft.utils import ModulesToSaveWrapper
+
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    if module.disable_adapters or not module.active_adapters:
+        return module.original_module
+    return module.modules_to_save[module.active_adapters[0]]
 
 
 def _children(module: torch.nn.Module) -> set[str]:
@@ -138,7 +150,7 @@ def _check_layer(layer: Any, calls: dict[torch.nn.Module, AttentionCall]) -> Non
     _require(not getattr(attention, "attention_dropout", 0), "it has dropout in its attention")
     _require(attention.head_dim % 32 == 0, f"its heads have {attention.head_dim} values, no multiple of 32")
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        _norm_eps(norm)
+        _norm_eps(_running(norm))
     for name in NAMES:
         projection = _projection(_module(layer, name))[0]
         _require(all(n % 16 == 0 for n in projection.weight.shape), f"{name} has sizes that are no multiples of 16")
