@@ -137,7 +137,7 @@ class _Tuner:
             raise UserError("this tuner has not trained yet", remedy="call train() first")
         return self._result
 
-    def _recipe(self, output_dir: str, arguments: Mapping[str, Any], task: str) -> Recipe:
+    def _recipe(self, output_dir: str, arguments: Mapping[str, Any], task: str = "causal_lm") -> Recipe:
         sections: dict[str, type[Section]] = {
             "training": TrainingSection,
             "method": self._method,

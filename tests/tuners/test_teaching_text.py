@@ -95,7 +95,7 @@ def test_instructions_are_learnt_with_an_adapter(terse_model_dir, tmp_path):
     result = tuner.train(rows, output_dir=tmp_path / "run", max_steps=1, lora_r=4, quiet=True)
     assert result.saved.name == "adapter"
     recipe = Recipe.load(tmp_path / "run" / "recipe.yaml")
-    assert (recipe.task, recipe.method.name, recipe.method.r) == ("instruction", "lora", 4)
+    assert (recipe.task.name, recipe.method.name, recipe.method.r) == ("instruction", "lora", 4)
     tuner.merge_and_save(tmp_path / "merged")
     full = FullFineTuner(str(terse_model_dir))
     full.train(rows, output_dir=tmp_path / "full", max_steps=1, quiet=True)
