@@ -140,6 +140,12 @@ def load_model(
     from transformers import GgufConfig
 
     place, options = _place(resolve_model(name), revision)
+    if quantization is not None and "gguf_file" in options:
+        raise UserError(
+            f"{str(name)!r} is a GGUF file, which cannot be quantised again",
+            where="model.name",
+            remedy="name a folder or a hub id that holds the weights as safetensors, or use method.name=lora",
+        )
     if head is None:
         head = Head.of_config(load_config(name, revision=revision))
     if quantization is not None:
@@ -195,12 +201,6 @@ def _quantized(
 ) -> PreTrainedModel:
     """See :func:`load_model`; ``dtype`` is the precision of what is not quantised, and of products."""
     require_bitsandbytes()
-    if "gguf_file" in options:
-        raise UserError(
-            f"{str(name)!r} is a GGUF file, which cannot be quantised again",
-            where="model.name",
-            remedy="name a folder or a hub id that holds the weights as safetensors, or use method.name=lora",
-        )
     # The weights are read as they are stored, which maps the file into memory and keeps none of them.
     plain = load_model(name, revision=revision, head=head)
     if getattr(plain.config, "quantization_config", None) is not None:
