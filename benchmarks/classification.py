@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -37,11 +38,12 @@ def rows_of(data: Path, rows: int, test_rows: int, seed: int) -> dict[str, list[
         }
     )  # fmt: skip
     found: Dataset = prepare(recipe, load_tokenizer("smollm2"))
-    return {
-        "train": list(found.train.examples[:rows]),
-        "validation": list(found.validation.examples[: max(100, test_rows // 4)]),
-        "test": list(found.test.examples[:test_rows]),
-    }
+    # Splits keep the file's order, which is often that of the classes.
+    parts = {part.name: list(part.examples) for part in found.parts}
+    for examples in parts.values():
+        random.Random(seed).shuffle(examples)
+    most = {"train": rows, "validation": max(100, test_rows // 4), "test": test_rows}
+    return {name: examples[: most[name]] for name, examples in parts.items()}
 
 
 def tf_idf(given: dict[str, list[TrainingExample]]) -> dict[str, float]:
