@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from luthier.data.classes import ClassEncoder, ClassNames
 from luthier.data.encode import EncodedExample, Encoder
+from luthier.data.encoders import encoder_for
 from luthier.data.examples import Reject, TrainingExample
-from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
 from luthier.data.stats import SAMPLE, Stats, measure
 from luthier.data.store import ExampleStore
 from luthier.errors import UserError
 from luthier.recipe import Recipe, Source, apply_overrides
+from luthier.tasks import Task, get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,18 +117,23 @@ class Subject:
         from luthier.models.loading import load_tokenizer
 
         spec = self.recipe.model
-        return load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template)
+        return load_tokenizer(
+            spec.name, revision=spec.revision, chat_template=spec.chat_template, chats=self.task.writes
+        )
+
+    @property
+    def task(self) -> Task:
+        return get_task(self.recipe.task.name)
 
     def encoder(self, *, allow_special_tokens: bool, limited: bool = False) -> Encoder:
-        """Renders and tokenises as training would; without a limit of length unless ``limited``."""
-        data = self.recipe.data
-        renderer = Renderer(
+        """Encodes as training would; without a limit of length unless ``limited``."""
+        return encoder_for(
+            self.recipe,
             self.tokenizer,
-            system=data.system,
-            train_on=data.train_on,
-            allow_special_tokens=allow_special_tokens or data.special_tokens_in_text == "allow",
+            self.train.examples,
+            max_length=self.recipe.data.max_length if limited else None,
+            allow_special_tokens=allow_special_tokens,
         )
-        return Encoder(renderer, max_length=data.max_length if limited else None, truncation=data.truncation)
 
 
 def stats_of(subject: Subject, *, sample: int | None = SAMPLE, seed: int = 0) -> dict[str, Stats]:
@@ -157,8 +164,9 @@ def stats_of(subject: Subject, *, sample: int | None = SAMPLE, seed: int = 0) ->
 
 def rows_to_show(
     subject: Subject, *, count: int = 5, places: Sequence[str] = ()
-) -> tuple[list[EncodedExample], list[Reject]]:
-    """The first training rows, or those at the places named, encoded as training would; and those it would refuse.
+) -> tuple[list[EncodedExample], list[Reject], ClassNames | None]:
+    """The first training rows, or those at the places named, encoded as training would; those it would refuse; and
+    the names of the classes that they are told apart by.
 
     Args:
         subject: the file or recipe.
@@ -176,8 +184,10 @@ def rows_to_show(
         example, reject = _row_at(subject, place)
         chosen += [example] if example is not None else []
         refused += [reject] if reject is not None else []
-    encoded = subject.encoder(allow_special_tokens=False, limited=True).encode(chosen)
-    return encoded.examples, refused + encoded.rejects
+    encoder = subject.encoder(allow_special_tokens=False, limited=True)
+    encoded = encoder.encode(chosen)
+    classes = encoder.classes if isinstance(encoder, ClassEncoder) else None
+    return encoded.examples, refused + encoded.rejects, classes
 
 
 def _row_at(subject: Subject, place: str) -> tuple[TrainingExample | None, Reject | None]:

@@ -288,7 +288,9 @@ def test_a_whole_preflight_passes_and_prints(tiny_model_dir, tmp_path):
     ours, plain = report.facts["first_loss"].values()
     assert ours == pytest.approx(plain, rel=1e-4)
     console = Console(record=True, width=120, force_terminal=True)
-    console.print(get_task("causal_lm").show(dataset, 2), render_preflight(report))
+    console.print(
+        get_task("causal_lm").show(dataset.train.encoded[:2], dataset.tokenizer, None), render_preflight(report)
+    )
     shown = console.export_text(styles=True)
     # The answer and its end-of-turn are on green; the question is not.
     assert "\x1b[30;42mThe sum is 0.\x1b[0m\x1b[1;30;102m<|im_end|>\x1b[0m" in shown

@@ -82,7 +82,8 @@ def check(
     settings.training.report_to = []
     ready = prepare_run(settings)
     if rows:
-        console.print(ready.task.show(ready.dataset, rows), "")
+        shown = ready.dataset.train.encoded[:rows]
+        console.print(ready.task.show(shown, ready.tokenizer, ready.dataset.classes), "")
     for note in ready.dataset.notes:
         console.print(note, highlight=False, markup=False)
     report = ready.check()

@@ -125,17 +125,19 @@ def preview(
     as_json: Json = False,
 ) -> None:
     """Show rows as the model reads them: trained tokens coloured, control tokens visible."""
-    from luthier.data.preview import render_encoded, row_json
+    from luthier.data.preview import row_json
     from luthier.judging import rows_to_show
 
     opened = _subject(subject, overrides, column, model, clean=True)
-    shown, refused = rows_to_show(opened, count=rows, places=row or ())
+    shown, refused, classes = rows_to_show(opened, count=rows, places=row or ())
     if as_json:
         from dataclasses import asdict
 
-        _print_json({"rows": [row_json(r, opened.tokenizer) for r in shown], "refused": [asdict(r) for r in refused]})
+        _print_json(
+            {"rows": [row_json(r, opened.tokenizer, classes) for r in shown], "refused": [asdict(r) for r in refused]}
+        )
         return
-    _print(render_encoded(shown, opened.tokenizer))
+    _print(opened.task.show(shown, opened.tokenizer, classes))
     for reject in refused:
         _print(f"\nrefused {reject.file}:{reject.line}: {reject.message}", f"\n  to do: {reject.remedy or 'mend it'}")
 

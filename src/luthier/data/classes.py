@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.encode import EncodedRow, Encoder, reject
 from luthier.data.examples import Reject, TrainingExample
+from luthier.data.render import special_tokens
 from luthier.errors import UserError, shorten
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class ClassEncoder(Encoder):
         classes: what the texts can be.
         max_length: longest text in tokens; None: no limit.
         truncation: ``reject`` or ``cut`` longer ones; what the tokenizer puts at the end stays there.
+        allow_special_tokens: take texts that hold control tokens, instead of refusing them.
     """
 
     def __init__(
@@ -100,11 +102,13 @@ class ClassEncoder(Encoder):
         *,
         max_length: int | None = None,
         truncation: str = "reject",
+        allow_special_tokens: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.classes = classes
         self.max_length = max_length
         self.truncation = truncation
+        self.allow_special_tokens = allow_special_tokens
         self.by_words = False
 
     @property
@@ -115,6 +119,7 @@ class ClassEncoder(Encoder):
             "multi_label": self.classes.multi_label,
             "max_length": self.max_length,
             "truncation": self.truncation,
+            "allow_special_tokens": self.allow_special_tokens,
         }
 
     @classmethod
@@ -122,12 +127,16 @@ class ClassEncoder(Encoder):
         cls, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], *, by_words: bool = False
     ) -> ClassEncoder:
         """See :meth:`Encoder.made`."""
-        classes = ClassNames(tuple(settings["names"]), settings["multi_label"])
-        return cls(tokenizer, classes, max_length=settings["max_length"], truncation=settings["truncation"])
+        rest = {k: v for k, v in settings.items() if k not in ("names", "multi_label")}
+        return cls(tokenizer, ClassNames(tuple(settings["names"]), settings["multi_label"]), **rest)
 
     @cached_property
     def _numbers(self) -> Mapping[str, int]:
         return {name: number for number, name in enumerate(self.classes.names)}
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")
 
     def _encode(self, examples: Sequence[TrainingExample], first: int) -> Iterator[EncodedRow | Reject]:
         wrong = [self._wrong(example) for example in examples]
@@ -169,6 +178,14 @@ class ClassEncoder(Encoder):
         except UnicodeEncodeError as error:
             message = f"the text has half a character (a lone surrogate) at {error.start:,}"
             return reject(example, "half_character", message, "mend the text")
+        found = None if self.allow_special_tokens else self._special.search(example.input)
+        if found:
+            return reject(
+                example,
+                "special_token_in_text",
+                f"the text holds the control token {found.group()!r}, which the model would read as control",
+                "remove it from the text, or set data.special_tokens_in_text=allow if it is meant",
+            )
         names = classes_of(example)
         several = self.classes.multi_label
         if not names and not (several and isinstance(example.label, list)):

@@ -15,6 +15,7 @@ from luthier.data.cleaning import Cleaning
 from luthier.data.duplicates import deduplicated
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.encoded import encode_rows, lengths_of, trained_of
+from luthier.data.encoders import encoder_for
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.leakage import decontaminated
 from luthier.data.mixing import mix
@@ -24,7 +25,6 @@ from luthier.data.split import split_indices
 from luthier.data.store import Chosen, ExampleStore, Joined
 from luthier.errors import UserError
 from luthier.recipe import Recipe, Source
-from luthier.task_options import ClassificationTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +149,10 @@ def prepare(
         for step in cleaning.report():
             notes.append(f"{step.name}: {step.changed:,} of {step.rows:,} rows changed, {step.refused:,} refused")
     _augment(recipe, parts["train"], notes, local)
-    encoder = _encoder(recipe, tokenizer, context, parts["train"], classes)
+    limits = [n for n in (data.max_length, context) if n is not None]
+    encoder = encoder_for(
+        recipe, tokenizer, parts["train"].examples, max_length=min(limits, default=None), classes=classes
+    )
     for part in parts.values():
         _encode(part, encoder, recipe)
     return Dataset(
@@ -161,30 +164,6 @@ def prepare(
         files=files,
         notes=notes,
     )
-
-
-def _encoder(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int | None,
-    train: Part,
-    classes: ClassNames | None,
-) -> Encoder:
-    """What turns the rows of the recipe's task into token ids."""
-    data, task = recipe.data, recipe.task
-    limits = [n for n in (data.max_length, context) if n is not None]
-    limit = min(limits, default=None)
-    if isinstance(task, ClassificationTask):
-        several = None if task.problem_type == "auto" else task.problem_type == "multi_label_classification"
-        classes = classes or ClassNames.of(train.examples, labels=task.labels, multi_label=several)
-        return ClassEncoder(tokenizer, classes, max_length=limit, truncation=data.truncation)
-    renderer = Renderer(
-        tokenizer,
-        system=data.system,
-        train_on=data.train_on,
-        allow_special_tokens=data.special_tokens_in_text == "allow",
-    )
-    return Encoder(renderer, max_length=limit, truncation=data.truncation)
 
 
 def _read(recipe: Recipe, parts: dict[str, Part], cleaning: Cleaning | None, notes: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
+from luthier.data.classes import ClassNames
 from luthier.data.encode import EncodedExample
 
 if TYPE_CHECKING:
@@ -79,9 +80,12 @@ def _coloured(row: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> Text:
     return text
 
 
-def row_json(row: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A row for JSON, whole."""
-    return {
+def row_json(
+    row: EncodedExample, tokenizer: PreTrainedTokenizerBase, classes: ClassNames | None = None
+) -> dict[str, Any]:
+    """A row for JSON, whole; with its classes' names where it is to be classified."""
+    names = {} if classes is None else {"classes": [classes.names[number] for number in row.extra]}
+    return names | {
         "source": str(row.source) if row.source else None,
         "tokens": len(row),
         "trained_tokens": int(row.trained.sum()),

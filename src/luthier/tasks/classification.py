@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.classes import classes_of
+from luthier.data.classes import ClassNames, classes_of
 from luthier.data.dataset import Dataset
+from luthier.data.encode import EncodedExample
 from luthier.data.examples import TaskType
 from luthier.data.findings import Finding, places
 from luthier.errors import UserError
@@ -23,6 +25,7 @@ from luthier.training.runlog import write_json
 if TYPE_CHECKING:
     import torch
     from rich.console import Console, RenderableType
+    from transformers import PreTrainedTokenizerBase
 
 # Above this share of unknown tokens, a vocabulary is not made for the rows' language.
 _UNKNOWN = 0.02
@@ -59,16 +62,18 @@ class Classification(Task):
         """See :meth:`Task.findings`."""
         return [*check_rows(recipe, dataset), *_unknown(dataset), *_cut(dataset), *_absent(dataset)]
 
-    def show(self, dataset: Dataset, count: int) -> RenderableType:
+    def show(
+        self, rows: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase, classes: ClassNames | None
+    ) -> RenderableType:
         """See :meth:`Task.show`."""
         from rich.table import Table
         from rich.text import Text
 
-        assert dataset.classes is not None
+        assert classes is not None
         table = Table("class", "text as the model reads it", box=None, pad_edge=False, header_style="dim")
-        for row in dataset.train.encoded[:count]:
-            names = ", ".join(dataset.classes.names[number] for number in row.extra)
-            text = str(dataset.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False))
+        for row in rows:
+            names = ", ".join(classes.names[number] for number in row.extra)
+            text = str(tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False))
             shown = text if len(text) <= 400 else f"{text[:300]} … {text[-80:]}"
             table.add_row(Text(names or "(none)", style="black on green"), Text(shown))
         return table

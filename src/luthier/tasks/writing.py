@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.classes import ClassNames
 from luthier.data.dataset import Dataset
+from luthier.data.encode import EncodedExample
 from luthier.data.examples import TaskType
 from luthier.data.findings import Finding
 from luthier.data.preview import render_encoded
@@ -44,9 +47,11 @@ class Causal(Task):
         """See :meth:`Task.findings`."""
         return check_conversations(recipe, dataset)
 
-    def show(self, dataset: Dataset, count: int) -> RenderableType:
+    def show(
+        self, rows: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase, classes: ClassNames | None
+    ) -> RenderableType:
         """See :meth:`Task.show`: trained tokens on green, context dim, a long middle left out."""
-        return render_encoded(dataset.train.encoded[:count], dataset.tokenizer)
+        return render_encoded(rows, tokenizer)
 
     def judge(
         self, recipe: Recipe, dataset: Dataset, models: Models, target: Path, console: Console

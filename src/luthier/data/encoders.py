@@ -1,0 +1,50 @@
+"""Which encoder a recipe's rows want: one a kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from luthier.data.classes import ClassEncoder, ClassNames
+from luthier.data.encode import Encoder
+from luthier.data.examples import TrainingExample
+from luthier.data.render import Renderer
+from luthier.recipe import Recipe
+from luthier.task_options import ClassificationTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encoder_for(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Iterable[TrainingExample],
+    *,
+    max_length: int | None,
+    classes: ClassNames | None = None,
+    allow_special_tokens: bool = False,
+) -> Encoder:
+    """What turns the rows of a recipe's task into token ids.
+
+    Args:
+        recipe: its task and data sections.
+        tokenizer: with the chat template to render by, where the task has one.
+        training: the training rows, whose classes are those that can be learnt.
+        max_length: longest example, in tokens; None: no limit.
+        classes: those of a model that has been trained; None: the training rows'.
+        allow_special_tokens: take rows whose text holds control tokens, also where the recipe refuses them.
+
+    Raises:
+        UserError: the tokenizer does not fit the task, or the rows have no classes to learn.
+    """
+    data, task = recipe.data, recipe.task
+    allow = allow_special_tokens or data.special_tokens_in_text == "allow"
+    if isinstance(task, ClassificationTask):
+        several = None if task.problem_type == "auto" else task.problem_type == "multi_label_classification"
+        classes = classes or ClassNames.of(training, labels=task.labels, multi_label=several)
+        return ClassEncoder(
+            tokenizer, classes, max_length=max_length, truncation=data.truncation, allow_special_tokens=allow
+        )
+    renderer = Renderer(tokenizer, system=data.system, train_on=data.train_on, allow_special_tokens=allow)
+    return Encoder(renderer, max_length=max_length, truncation=data.truncation)
