@@ -107,6 +107,11 @@ def _text(data: Path, found: Proposal, model: str, method: str, recipe_dir: Path
         "model:",
         f"  name: {_scalar(model)}  # embedded name (`luthier models`), local folder, GGUF file or hub id",
         "",
+        *(
+            ["# task: classification  # a class for each text, in the place of an answer in words", ""]
+            if found.columns.label and not found.columns.response
+            else []
+        ),
         "data:",
         f"  train: {_scalar(path)}  # {rows:,} rows, format {found.format}",
         *(

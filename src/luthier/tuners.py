@@ -203,6 +203,8 @@ class MixedTuner(LoRATuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
+        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
+            are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 

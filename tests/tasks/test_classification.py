@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -19,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from luthier import Classifier, FullFineTuner, LoRATuner, TaskType, TrainingExample
 from luthier.cli.commands import classify
 from luthier.data.classes import ClassEncoder, ClassNames
+from luthier.data.dataset import prepare
 from luthier.data.encoded import cache_key
+from luthier.data.preview import row_json
 from luthier.deployment.chat import chat
 from luthier.deployment.merge import merge_adapter
 from luthier.errors import UserError
-from luthier.evaluation.classification import class_metrics
+from luthier.evaluation.classification import class_metrics, compare_classifiers
 from luthier.finished import evaluate_run
-from luthier.method_options import options_of
+from luthier.judging import Subject, lint_of, rows_to_show, stats_of
+from luthier.method_options import FullMethod, options_of
 from luthier.methods import METHODS
 from luthier.methods.base import trainable_parameters
 from luthier.methods.saved import load_saved
@@ -96,10 +100,12 @@ def test_rows_that_cannot_be_classified_are_refused_with_their_reason(tokenizer)
         TrainingExample(messages=[{"role": "user", "content": "x"}], label="pos"),
         TrainingExample("half \ud800", label="neg"),
         TrainingExample("long " * 50, label="neg"),
+        TrainingExample("turn<|im_end|>", label="neg"),
     ]
     found = ClassEncoder(tokenizer, TWO, max_length=20).encode(rows)
     assert [r.reason for r in found.rejects] == [
         "no_class", "unknown_class", "several_classes", "empty_text", "conversation", "half_character", "too_long",
+        "special_token_in_text",
     ]  # fmt: skip
     (kept,) = found.examples
     assert kept.extra == (1,) and kept.input_ids.tolist() == tokenizer("fine").input_ids
@@ -362,6 +368,83 @@ def test_a_finished_classifier_is_judged_and_used_from_the_command_line(finished
         assert TWO.names[int(scores.argmax())] == name and score == pytest.approx(scores.max(), abs=1e-5)
 
 
+def test_texts_that_are_longer_than_the_model_takes_are_cut_everywhere(tiny_encoder_dir, tmp_path):
+    """Rows keep their whole text: what asks a model later must cut it as training does."""
+    long = [replace(r, input=f"{r.input} {'stone river ' * 60}") for r in texts(24)]
+    settings = {"truncation": "cut", "max_steps": 1, "report_to": [], "eval_steps": 1}
+    tuner = LoRATuner(str(tiny_encoder_dir), task="classification", dtype="float32")
+    result = tuner.train(long[:16], long[16:20], tmp_path / "run", test_examples=long[20:], quiet=True, **settings)
+    assert json.loads((tmp_path / "run" / "preflight.json").read_text())["facts"]["rows"]["train"]["kept"] == 16
+    assert len(Classifier(result.run_dir).classify([long[0].input])) == 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in lines) and not any("eval_perplexity" in line for line in lines)
+
+
+def test_the_pre_flight_tells_of_what_a_classifier_cannot_read(tiny_encoder_dir):
+    recipe = Recipe.from_dict(
+        {
+            "task": {"name": "classification", "labels": ["neg", "pos", "never"]},
+            "data": {"truncation": "cut", "max_length": 8},
+        }
+    )
+    tokenizer = load_tokenizer(tiny_encoder_dir, chats=False)
+    rows = [*texts(30), TrainingExample("早 晚 冷 热 高 低", label="pos")]
+    task = get_task("classification")
+    found = {f.code: f for f in task.findings(recipe, prepare(recipe, tokenizer, given={"train": rows}))}
+    assert found["text_cut"].severity == "warning" and found["text_cut"].count == sum(
+        len(tokenizer(r.input).input_ids) > 8 for r in rows
+    )
+    assert found["unknown_tokens"].count == 1
+    assert found["class_without_rows"].severity == "error" and "'never'" in found["class_without_rows"].message
+    sound = Recipe.from_dict({"task": "classification"})
+    given = {"train": texts(30), "validation": texts(10, seed=1)}
+    assert task.findings(sound, prepare(sound, tokenizer, given=given)) == []
+
+
+def test_a_model_that_has_learnt_nothing_is_said_to(tiny_encoder_dir):
+    model, tokenizer = classifier(tiny_encoder_dir, TWO)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
+    rows = ClassEncoder(tokenizer, TWO).encode(texts(10)).examples
+    found = compare_classifiers(
+        [("tuned", lambda: contextlib.nullcontext(model))],
+        rows,
+        TWO,
+        texts=[r.input for r in texts(10)],
+        training=[(0,), (0,), (1,)],
+    )
+    assert found.notes == ["tuned gives every text the same class: it has learnt nothing from the texts"]
+    majority, tuned = found.models
+    assert not majority.given[:, 1].any() and tuned.given[:, 1].all()
+    assert tuned.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(
+        torch.tensor([[0.0, 1.0]] * 10), torch.tensor([r.extra[0] for r in rows])
+    )))  # fmt: skip
+    assert found.to_json()["confusion"]["tuned"] == [[0, 5], [0, 5]]
+
+
+def test_data_verbs_show_rows_as_the_classifier_reads_them(tiny_encoder_dir, tmp_path):
+    table = "review,label\n" + "\n".join(f"{r.input},{r.label}" for r in texts(12))
+    (tmp_path / "rows.csv").write_text(table)
+    recipe = Recipe.from_dict(
+        {
+            "task": "classification",
+            "model": {"name": str(tiny_encoder_dir)},
+            "data": {"train": str(tmp_path / "rows.csv")},
+        }
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    opened = Subject(tmp_path / "recipe.yaml")
+    shown, refused, classes = rows_to_show(opened, count=2)
+    assert not refused and classes == TWO
+    assert [row.input_ids.tolist() for row in shown] == [opened.tokenizer(r.input).input_ids for r in texts(2)]
+    assert row_json(shown[0], opened.tokenizer, classes)["classes"] == ["neg"]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(opened.task.show(shown, opened.tokenizer, classes))
+    assert "[CLS] the" in console.file.getvalue() and "neg" in console.file.getvalue()
+    assert stats_of(opened)["train"].rows == 12 and not lint_of(opened, near=False).errors
+
+
 # --- what is refused ---
 
 
@@ -375,6 +458,9 @@ def test_what_does_not_fit_a_classifier_is_refused(finished, tiny_model_dir, tmp
         chat(str(finished["lora-decoder"].run_dir), input_fn=lambda _: "/exit")
     with pytest.raises(UserError, match="holds no classifier"):
         Classifier(tiny_model_dir)
+    model, _ = classifier(tiny_model_dir, TWO)
+    with pytest.raises(UserError, match="'score' is new to the model"):
+        METHODS["full"].wrap(model, FullMethod(frozen_modules=["score"]), [], TaskType.CLASSIFICATION)
     with pytest.raises(UserError, match="a class is named twice"):
         Recipe.from_dict({"task": {"name": "classification", "labels": ["a", "a"]}})
     with pytest.raises(UserError, match="unknown task 'classify'"):

@@ -20,6 +20,7 @@ from rich.text import Text
 from luthier.data.render import RenderError, end_of_turn_ids, template_text
 from luthier.errors import UserError
 from luthier.models.heads import Head
+from luthier.models.loading import context_of
 from luthier.models.virtual import own_logits
 
 if TYPE_CHECKING:
@@ -89,13 +90,14 @@ def check_parity(
         raise UserError("the parity gate has no prompt to ask", remedy="give at least one row")
     travelled = candidate_tokenizer if candidate_tokenizer is not None else tokenizer
     head = Head.of(reference)
-    reasons = _tokens_differ(tokenizer, travelled, prompts, head)
+    limit = _limit(reference, tokenizer)
+    reasons = _tokens_differ(tokenizer, travelled, prompts, limit)
     if head.writes:
         reasons += _stops_missing(candidate, travelled)
     if Head.of(candidate).classes != head.classes:
         reasons.append("the classes' names or numbers were lost")
     numbers: dict[str, float] = {}
-    ids = _ids(tokenizer, prompts, head)
+    ids = _ids(tokenizer, prompts, limit)
     if exact:
         ours, theirs = ([_log_probabilities(m, i) for i in ids] for m in (reference, candidate))
         if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
@@ -166,7 +168,7 @@ def weigh_merge(
         tokenizer: of all of them.
         prompts: rendered texts.
     """
-    ids = _ids(tokenizer, prompts, Head.of(reference))
+    ids = _ids(tokenizer, prompts, _limit(reference, tokenizer))
     ours = [_log_probabilities(trained, i) for i in ids]
     others = {
         "merged": [_log_probabilities(merged, i) for i in ids],
@@ -207,28 +209,36 @@ def require(report: ParityReport) -> None:
         )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], head: Head) -> list[list[int]]:
+def _limit(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Up to how many tokens a model that does not write reads texts here; None: it writes, and reads prompts."""
+    if Head.of(model).writes:
+        return None
+    return min(_TOKENS, context_of(model.config, tokenizer) or _TOKENS)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None) -> list[list[int]]:
     """Token ids of the prompts. A rendered prompt holds its control tokens; other texts get the tokenizer's own."""
-    if head.writes:
+    if limit is None:
         return [tokenizer(p, add_special_tokens=False).input_ids[-_TOKENS:] for p in prompts]
-    return [tokenizer(p).input_ids[:_TOKENS] for p in prompts]
+    # Rows that were cut in training come whole.
+    return [tokenizer(p, truncation=True, max_length=limit).input_ids for p in prompts]
 
 
 def _tokens_differ(
-    tokenizer: PreTrainedTokenizerBase, travelled: PreTrainedTokenizerBase, prompts: Sequence[str], head: Head
+    tokenizer: PreTrainedTokenizerBase, travelled: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None
 ) -> list[str]:
     """Whether prompts and conversations give other tokens, or other texts, on the other side."""
     if travelled is tokenizer:
         return []
     reasons = []
-    if head.writes and not travelled.chat_template:
+    if limit is None and not travelled.chat_template:
         return ["the chat template was lost"]
     for prompt in prompts:
-        ids = [_ids(t, [prompt], head) for t in (tokenizer, travelled)]
+        ids = [_ids(t, [prompt], limit) for t in (tokenizer, travelled)]
         if ids[0] != ids[1]:
             reasons.append("the tokenizer gives other tokens for the same text")
             break
-    if not head.writes:
+    if limit is not None:
         return reasons
     for turns in (_TURNS[:1], _TURNS):
         texts = []

@@ -12,6 +12,7 @@ from luthier.errors import UserError
 from luthier.method_options import FullMethod
 from luthier.methods.base import Advice, TuningMethod, register
 from luthier.methods.parts import layer_numbers, layers_of, module_names
+from luthier.models.heads import fresh_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,14 @@ class Full(TuningMethod):
                 "the embeddings of added tokens would stay as they are",
                 where="method.frozen_modules",
                 remedy="leave the embeddings out of it, or add no tokens",
+            )
+        fresh = {name: model.get_submodule(name).parameters() for name in fresh_modules(model)}
+        untrained = [name for name, parameters in fresh.items() if not all(p.requires_grad for p in parameters)]
+        if untrained:
+            raise UserError(
+                f"{untrained[0]!r} is new to the model and would stay as it begins, at random",
+                where="method.frozen_modules",
+                remedy="leave it out of it",
             )
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(

@@ -32,6 +32,8 @@ class ClassLoss(LossFunction):
         options: those of :class:`LossFunction`.
     """
 
+    of_tokens = False
+
     def __init__(self, model: torch.nn.Module, *, classes: int, multi_label: bool, **options: Any) -> None:
         self.classes = classes
         self.multi_label = multi_label

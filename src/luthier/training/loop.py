@@ -298,11 +298,12 @@ class Trainer:
         record = {
             "step": state.step,
             "eval_loss": loss,
-            "eval_perplexity": math.exp(min(loss, 700)),
             "eval_trained_tokens": count,
             "eval_seconds": round(time.perf_counter() - began, 4),
             "best": best,
         }
+        if self.loss_function.of_tokens:
+            record["eval_perplexity"] = math.exp(min(loss, 700))
         self.reporter.evaluation(record)
         self._record(record)
         if best and state.step and self.settings.load_best_model_at_end:

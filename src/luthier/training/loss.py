@@ -150,12 +150,15 @@ class LossFunction:
         ops: kernels of the fused layers; None: the compiled ones where they fit the model.
 
     Attributes:
+        of_tokens: whether its mean is one a token, whose exponential is a perplexity.
         packed: whether batches are padding-free.
         head: whether the loss is computed in chunks from hidden states.
         fused: the fused layers; None where the model's own modules run.
         reason: why batches are padded, in words for the user; empty where they are not.
         fused_reason: why layers are not fused; empty where they are.
     """
+
+    of_tokens = True
 
     def __init__(
         self,
