@@ -184,8 +184,12 @@ def test_metadata_may_change_only_where_it_is_allowed(tmp_path):
     rows = [TrainingExample("q", "a", metadata={"id": 1}), TrainingExample("q", "b", metadata={"id": "x"})]
     done = convert(rows, tmp_path / "x.csv", "alpaca", lossy=True)
     assert (done.rows, done.changed) == (2, 1) and "'id', 1, would become '1'" in str(done.first_change)
+    # A cell holds a list as JSON, so a label that is no list and looks like one would come back as another.
     with pytest.raises(UserError, match="label"):
-        convert([TrainingExample("q", "a", label=["x", "y"])], tmp_path / "y.csv", "alpaca", lossy=True)
+        convert([TrainingExample("q", "a", label='["x", "y"]')], tmp_path / "y.csv", "alpaca", lossy=True)
+    assert not (tmp_path / "y.csv").exists()
+    convert([TrainingExample("q", "a", label=["x", "y"])], tmp_path / "y.csv", "alpaca", lossy=True)
+    assert load_file(tmp_path / "y.csv").examples[0].label == ["x", "y"]
 
 
 def test_an_existing_file_stays_unless_forced(tmp_path):
