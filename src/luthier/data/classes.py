@@ -203,7 +203,8 @@ class ClassEncoder(Encoder):
             return reject(
                 example,
                 "unknown_class",
-                f"no training row is of the class {unknown[0]!r}; known: {shown}",
-                "add training rows of it, mend its spelling, or take the row out",
+                f"the class {unknown[0]!r} is not among those to learn: {shown}",
+                "mend its spelling, add training rows of it, name it in task.labels where those are named, or take "
+                "the row out",
             )
         return None
