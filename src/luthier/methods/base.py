@@ -156,10 +156,19 @@ class TuningMethod:
         Raises:
             RuntimeError, ValueError, KeyError, OSError: it does not fit.
         """
-        from peft import PeftModel
+        return load_peft(base, folder)
 
-        with peft_warnings_apart():
-            return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+
+def load_peft(base: PreTrainedModel, folder: Path, adapter_name: str = "default") -> torch.nn.Module:
+    """An adapter that PEFT has saved on its base, under a name, in the base's precision.
+
+    Raises:
+        RuntimeError, ValueError, KeyError, OSError: it does not fit.
+    """
+    from peft import PeftModel
+
+    with peft_warnings_apart():
+        return PeftModel.from_pretrained(base, str(folder), adapter_name, autocast_adapter_dtype=False)
 
 
 # PEFT's names of what a model learns.

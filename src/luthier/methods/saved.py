@@ -20,7 +20,7 @@ from luthier.models.loading import load_model, load_tokenizer, set_padding
 from luthier.models.quantized import Quantization
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from luthier.recipe import Recipe
 
@@ -79,20 +79,26 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedMo
     if text in CATALOGUE or not folder.is_dir():
         return _whole(text, dtype, text)
     base = _base_of_run(folder)
-    if (folder / "manifest.json").is_file():
-        inner = next((folder / n for n in ("adapter", "model") if (folder / n).is_dir()), None)
-        if inner is None:
-            raise UserError(
-                f"the run in {text!r} has saved no model yet",
-                where=text,
-                remedy="finish it with `luthier train RECIPE --resume`",
-            )
-        folder = inner
+    folder = _tuned_weights(folder)
     if not (folder / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
             raise UserError(f"{text!r} holds no model and no adapter", where=text, remedy="name a run or model folder")
         return _whole(folder, dtype, base)
-    return _adapter(folder, dtype)
+    return _on_base(AdapterFolder.read(folder), dtype)
+
+
+def _tuned_weights(folder: Path) -> Path:
+    """The folder itself, or that of the tuned weights where it is a run's."""
+    if not (folder / "manifest.json").is_file():
+        return folder
+    inner = next((folder / n for n in ("adapter", "model") if (folder / n).is_dir()), None)
+    if inner is None:
+        raise UserError(
+            f"the run in {str(folder)!r} has saved no model yet",
+            where=str(folder),
+            remedy="finish it with `luthier train RECIPE --resume`",
+        )
+    return inner
 
 
 def _whole(name: str | Path, dtype: torch.dtype | None, base: str | None) -> SavedModel:
@@ -107,46 +113,128 @@ def _base_of_run(folder: Path) -> str | None:
         return None
 
 
-def _adapter(folder: Path, dtype: torch.dtype | None) -> SavedModel:
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"adapter_config.json is no JSON: {error}", where=str(folder), remedy="save it again") from None
-    record = _record(folder)
-    if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
-        raise UserError("the adapter has no weights", where=str(folder), remedy="it was saved in part; save it again")
-    # The embedded name finds its folder on any machine; the config holds a path of the one that trained.
-    recorded = record.get("base")
-    name = str(recorded if recorded in CATALOGUE else config.get("base_model_name_or_path") or recorded or "")
-    if not name:
-        raise UserError("the adapter does not name its base", where=str(folder), remedy="set base_model_name_or_path")
-    fallback = "adapter" if config.get("peft_type") == "BOTTLENECK" else "lora"
-    method = METHODS.get(str(record.get("method")), METHODS[fallback])
-    quantized = record.get("quantization")
-    head = Head.from_dict(record)
-    base = load_model(name, dtype=dtype, quantization=Quantization(**quantized) if quantized else None, head=head)
-    own = folder if (folder / "tokenizer_config.json").is_file() else name
-    tokenizer = load_tokenizer(own, chats=head.writes)
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A saved adapter and what its folder says of it; no weights are read."""
+
+    folder: Path
+    config: dict[str, Any]
+    """``adapter_config.json``"""
+    record: dict[str, Any]
+    """``luthier_base.json``; empty where another tool has saved the adapter."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> AdapterFolder:
+        """What a run or adapter folder says.
+
+        Raises:
+            UserError: there is no adapter, or half of one.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {str(path)!r}", remedy="name a run or adapter folder")
+        folder = _tuned_weights(folder)
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{str(path)!r} holds no adapter", remedy="name the folder of a run that trained one"
+            ) from None
+        except ValueError as error:
+            raise UserError(
+                f"adapter_config.json is no JSON: {error}", where=str(folder), remedy="save it again"
+            ) from None
+        if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
+            raise UserError(
+                "the adapter has no weights", where=str(folder), remedy="it was saved in part; save it again"
+            )
+        return cls(folder, config, _record(folder))
+
+    @property
+    def base_name(self) -> str:
+        """The name that loads the base.
+
+        Raises:
+            UserError: the folder does not say.
+        """
+        # The embedded name finds its folder on any machine; the config holds a path of the one that trained.
+        recorded = self.record.get("base")
+        name = str(recorded if recorded in CATALOGUE else self.config.get("base_model_name_or_path") or recorded or "")
+        if not name:
+            raise UserError(
+                "the adapter does not name its base", where=str(self.folder), remedy="set base_model_name_or_path"
+            )
+        return name
+
+    @property
+    def method(self) -> TuningMethod:
+        """How it was made."""
+        fallback = "adapter" if self.config.get("peft_type") == "BOTTLENECK" else "lora"
+        return METHODS.get(str(self.record.get("method")), METHODS[fallback])
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its base was held; None: as it is stored."""
+        held = self.record.get("quantization")
+        return Quantization(**held) if held else None
+
+    @property
+    def head(self) -> Head:
+        """What stands on its base's body."""
+        return Head.from_dict(self.record)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one saved beside it, else its base's."""
+        own = (self.folder / "tokenizer_config.json").is_file()
+        return load_tokenizer(self.folder if own else self.base_name, chats=self.head.writes)
+
+    def load_base(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Its base, with rows for tokens that were added in training.
+
+        Args:
+            dtype: precision of the weights; None: as the base is stored.
+
+        Raises:
+            UserError: the model of that name is another than the adapter was trained on.
+        """
+        name = self.base_name
+        base = load_model(name, dtype=dtype, quantization=self.quantization, head=self.head)
+        rows = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        if self.record.get("rows", rows) > rows:
+            # Tokens were added in training; their rows come with the adapter.
+            base.resize_token_embeddings(self.record["rows"], mean_resizing=False)
+        expected, got = self.record.get("fingerprint"), fingerprint(base)
+        if expected is not None and expected != got:
+            raise UserError(
+                f"the adapter was trained on another base than {name!r} "
+                f"(fingerprint {expected[:12]}, this one {got[:12]})",
+                where=str(self.folder / BASE_RECORD),
+                remedy="load the base it was trained on",
+            )
+        return base
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Turns the ways in which the weights do not fit the base into one clear message."""
+        try:
+            yield
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"the adapter does not fit its base {self.base_name!r}: {first}",
+                where=str(self.folder),
+                remedy="check both folders",
+            ) from None
+
+
+def _on_base(adapter: AdapterFolder, dtype: torch.dtype | None) -> SavedModel:
+    tokenizer, base = adapter.tokenizer(), adapter.load_base(dtype)
     set_padding(base, tokenizer)
-    rows = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    if record.get("rows", rows) > rows:
-        # Tokens were added in training; their rows come with the adapter.
-        base.resize_token_embeddings(record["rows"], mean_resizing=False)
-    expected, got = record.get("fingerprint"), fingerprint(base)
-    if expected is not None and expected != got:
-        raise UserError(
-            f"the adapter was trained on another base than {name!r} (fingerprint {expected[:12]}, this one {got[:12]})",
-            where=str(folder / BASE_RECORD),
-            remedy="load the base it was trained on",
-        )
-    try:
-        model: Any = method.load(base, folder)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the adapter does not fit its base {name!r}: {first}", where=str(folder), remedy="check both folders"
-        ) from None
-    return SavedModel(model.eval(), tokenizer, "adapter", name, method, folder)
+    with adapter.fitting():
+        model: Any = adapter.method.load(base, adapter.folder)
+    return SavedModel(model.eval(), tokenizer, "adapter", adapter.base_name, adapter.method, adapter.folder)
 
 
 def adapter_dtype(folder: Path) -> torch.dtype | None:
@@ -198,4 +286,9 @@ def write_record(
         record |= Head.of(base).to_dict() | {"task": recipe.task.name}
         if (quantization := method.quantization(recipe.method)) is not None:
             record["quantization"] = asdict(quantization)
+    put_record(adapter_dir, record)
+
+
+def put_record(adapter_dir: Path, record: dict[str, Any]) -> None:
+    """Write ``luthier_base.json``."""
     (adapter_dir / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
