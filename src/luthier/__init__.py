@@ -18,6 +18,7 @@ _HOMES = {
     "DatasetLoader": "luthier.data.loader",
     "DataPreprocessor": "luthier.data.clean",
     "DataAugmentor": "luthier.data.augment",
+    "AdapterSet": "luthier.deployment.adapters",
     "AdapterTuner": "luthier.tuners",
     "FullFineTuner": "luthier.tuners",
     "InstructionTuner": "luthier.tuners",

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
 from luthier.data.dataset import prepare
-from luthier.deployment.merge import merge_adapter
+from luthier.deployment.adapters import AdapterSet, CombinedAdapter
+from luthier.deployment.merge import PROMPTS, merge_adapter
 from luthier.deployment.parity import ParityReport
 from luthier.errors import UserError
 from luthier.methods import get_method
-from luthier.methods.saved import load_saved
+from luthier.methods.combination import CombinationType
+from luthier.methods.saved import AdapterFolder, adapter_dtype, load_saved
 from luthier.models.loading import context_of, load_model, load_tokenizer
 from luthier.recipe import Recipe
 from luthier.runfolder import RunFolder
 from luthier.tasks import Judgement, get_task
+from luthier.training.checkpoint import writing
+
+COMBINED = "luthier_combine.json"
 
 
 def evaluate_run(
@@ -75,10 +87,122 @@ def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, 
     folder = RunFolder.of(run_dir)
     recipe = Recipe.load(folder.path / "recipe.yaml")
     get_method(recipe.method.name).require_merging()
-    prompts = None
-    if recipe.data.train or recipe.data.test:
-        task = get_task(recipe.task.name)
-        tokenizer = load_tokenizer(folder.saved, chats=task.writes)
-        prompts = task.parity_texts(prepare(recipe, tokenizer), tokenizer)
     target = output or folder.path / "merged"
-    return target, merge_adapter(folder.saved, target, prompts=prompts)
+    return target, merge_adapter(folder.saved, target, prompts=_prompts(folder) or None)
+
+
+def _prompts(folder: RunFolder) -> list[str]:
+    """Rendered rows of a run for the parity gate; none where its rows came from Python."""
+    recipe = Recipe.load(folder.path / "recipe.yaml")
+    if not recipe.data.train and not recipe.data.test:
+        return []
+    task = get_task(recipe.task.name)
+    tokenizer = load_tokenizer(folder.saved, chats=task.writes)
+    return task.parity_texts(prepare(recipe, tokenizer), tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class CombineResult:
+    """What :func:`combine_saved` has made."""
+
+    combined: CombinedAdapter
+    answers: dict[str, float]
+    """Mean |Δ log-probability| between the combination and each part, and ``base``."""
+    parity: ParityReport
+
+
+def combine_saved(
+    paths: Sequence[str | Path],
+    weights: Sequence[float],
+    output: Path,
+    *,
+    combination: CombinationType = "linear",
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int | None = None,
+    merge: bool = False,
+) -> CombineResult:
+    """Combine the adapters of finished runs, or adapter folders, into one adapter or one merged model.
+
+    Args:
+        paths: run or adapter folders, two or more.
+        weights: one for each.
+        output: a new or empty folder.
+        combination: see :meth:`AdapterSet.weigh`, as for density, rank and seed.
+        density: see there.
+        rank: see there; None: the sum of the parts' ranks, or what loses nothing where the result is merged.
+        seed: see there.
+        merge: write a whole model in place of an adapter.
+
+    Raises:
+        UserError: the adapters cannot be combined, an argument cannot be used, or the parity gate refuses.
+    """
+    if len(paths) < 2:
+        raise UserError("one adapter alone is nothing to combine", remedy="name two or more runs")
+    if len(paths) != len(weights):
+        raise UserError(
+            f"{len(paths)} adapters have {len(weights)} weights", where="weights", remedy="give one weight for each"
+        )
+    folders = [AdapterFolder.read(path).folder for path in paths]
+    if len(set(map(Path.resolve, folders))) < len(folders):
+        raise UserError("an adapter is named twice", remedy="name each once, with its whole weight")
+    names = [f"{number}-{_own_name(path)}" for number, path in enumerate(paths, 1)]
+    runs = [RunFolder.of(path) for path in paths if RunFolder(Path(path).expanduser()).manifest]
+    adapters = dict(zip(names, folders, strict=True))
+    held = AdapterSet.load(adapters)
+    # In a base's coarser precision, an adapter would be rounded before anything is added.
+    dtypes = [dtype for folder in folders if (dtype := adapter_dtype(folder)) is not None]
+    finest = functools.reduce(torch.promote_types, dtypes, held.model.dtype)
+    if finest != held.model.dtype:
+        del held
+        held = AdapterSet.load(adapters, dtype=finest)
+    combined = held.weigh(
+        dict(zip(names, weights, strict=True)),
+        combination,
+        name="combined",
+        density=density,
+        rank="full" if merge and rank is None else rank,
+        seed=seed,
+    )
+    prompts = [prompt for run in runs for prompt in _prompts(run)] or list(PROMPTS)
+    answers = {name: held.distance("combined", name, prompts) for name in names}
+    answers["base"] = held.distance("combined", None, prompts)
+    hand_over = held.merge if merge else held.save
+    parity = hand_over("combined", output, prompts=prompts)
+    told = combined.to_dict() | {"folders": [str(path) for path in paths], "answers": answers}
+    with writing(output):
+        (output / COMBINED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    return CombineResult(combined, answers, parity)
+
+
+def _own_name(path: str | Path) -> str:
+    """A run's name, from its folder's."""
+    folder = Path(path).expanduser().resolve()
+    return re.sub(r"[^\w-]+", "-", folder.parent.name if folder.name == "adapter" else folder.name)
+
+
+def render_combined(result: CombineResult, paths: Sequence[str]) -> Group:
+    """What was combined, how far the result lies from each part, and what its rank loses.
+
+    Args:
+        result: what was made.
+        paths: of the parts, as the user wrote them.
+    """
+    combined, asked = result.combined, result.combined.combination
+    kept = 0.5 if asked.density is None else asked.density
+    how = "" if asked.combination_type == "linear" else f", density {kept:g}"
+    table = Table(title=f"combined: {asked.combination_type}{how}", title_justify="left")
+    table.add_column("part")
+    for column in ("weight", "‖ΔW - part‖ / ‖part‖", "cosine", "mean |Δ log-probability|"):
+        table.add_column(column, justify="right")
+    for path, (name, (apart, cosine)) in zip(paths, combined.parts.items(), strict=True):
+        table.add_row(
+            Text(path), f"{asked.weights[name]:g}", f"{apart:.3f}", f"{cosine:.3f}", f"{result.answers[name]:.4g}"
+        )
+    table.add_row("the base", "", "", "", f"{result.answers['base']:.4g}")
+    least, most = combined.ranks
+    ranks = f"rank {most}" if least == most else f"ranks {least} to {most}"
+    lines = [f"{ranks}: {combined.lost:.2%} of the combined update is lost (‖wanted - held‖ / ‖wanted‖)"]
+    if combined.lost > 0.05:
+        lines.append("a higher --rank loses less, and --merge without --rank nothing")
+    return Group(table, *lines)

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TaskType, TrainingExample
-from luthier.deployment.parity import _log_probabilities
+from luthier.deployment.parity import log_probabilities
 from luthier.errors import UserError
 from luthier.evaluation.generation import _greedy, _one_by_one
 from luthier.evaluation.perplexity import perplexity_of_examples
@@ -162,14 +162,14 @@ def test_learns_saves_loads_and_switches_off(name, shape, tmp_path):
     model.set_attn_implementation("sdpa")
     method, ids = get_method(name), rows_of(23)[0].input_ids.tolist()
     method.save(model, tmp_path)
-    ours = _log_probabilities(model, ids)
+    ours = log_probabilities(model, ids)
     assert len(ours) == len(ids)
-    assert torch.equal(ours, _log_probabilities(method.load(tiny(shape), tmp_path), ids))
-    assert torch.equal(ours, _log_probabilities(PeftModel.from_pretrained(tiny(shape), tmp_path).eval(), ids))
-    untouched = _log_probabilities(tiny(shape), ids)
+    assert torch.equal(ours, log_probabilities(method.load(tiny(shape), tmp_path), ids))
+    assert torch.equal(ours, log_probabilities(PeftModel.from_pretrained(tiny(shape), tmp_path).eval(), ids))
+    untouched = log_probabilities(tiny(shape), ids)
     assert float((ours - untouched).abs().mean()) > 1e-2
     with model.disable_adapter():
-        assert torch.equal(_log_probabilities(model, ids), untouched)
+        assert torch.equal(log_probabilities(model, ids), untouched)
         # All of our paths too.
         assert _greedy(model, [ids], [5], []) == _greedy(tiny(shape), [ids], [5], [])
         base = perplexity_of_examples(model, rows_of(9, 30))

@@ -209,6 +209,50 @@ def merge(
 
 
 @app.command()
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Run or adapter folders, two or more.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="One for each, as in 0.7,0.3; below 0 takes away.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.", show_default=False)],
+    method: Annotated[
+        str, typer.Option(help="linear (sum of updates), ties (mean of those that agree), dare_linear or dare_ties.")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Share of each update that stays, but with linear.  [default: 0.5]")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of the new adapter.  [default: the sum of the parts'; with --merge, all that it takes]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what DARE drops.  [default: 0]")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write one plain model in place of an adapter.")] = False,
+) -> None:
+    """Combine several adapters of one base into one, behind the parity gate: an adapter folder, or a whole model."""
+    from luthier.deployment.parity import render_parity
+    from luthier.errors import UserError
+    from luthier.finished import combine_saved, render_combined
+
+    try:
+        shares = [float(share) for share in weights.split(",")]
+    except ValueError:
+        raise UserError(
+            f"weights {weights!r} are no numbers", where="--weights", remedy="write them as in 0.7,0.3"
+        ) from None
+    console = _console()
+    result = combine_saved(
+        runs,
+        shares,
+        output,
+        combination=method,  # type: ignore[arg-type]  # an unknown one is refused by its name
+        density=density,
+        rank=rank,
+        seed=seed,
+        merge=merge,
+    )
+    console.print(render_combined(result, [str(run) for run in runs]), render_parity(result.parity))
+    console.print(f"{'merged' if merge else 'combined'} into {output}", highlight=False)
+
+
+@app.command()
 def models(
     prepare: Annotated[str | None, typer.Option(help="Make an embedded model ready for use and exit.")] = None,
 ) -> None:

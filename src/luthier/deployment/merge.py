@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "luthier_merge.json"
-_PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "今天天气很好，我们")
+PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "今天天气很好，我们")
 
 
 def merge_adapter(
@@ -112,7 +112,7 @@ def _merge(
         stored = merged.dtype
         del merged
         reloaded = load_model(aside, dtype=stored)
-        asked = prompts or _PROMPTS
+        asked = prompts or PROMPTS
         report = check_parity(
             whole,
             reloaded,

@@ -97,25 +97,25 @@ def check_parity(
     if Head.of(candidate).classes != head.classes:
         reasons.append("the classes' names or numbers were lost")
     numbers: dict[str, float] = {}
-    ids = _ids(tokenizer, prompts, limit)
+    ids = token_ids(tokenizer, prompts, limit)
     if exact:
-        ours, theirs = ([_log_probabilities(m, i) for i in ids] for m in (reference, candidate))
+        ours, theirs = ([log_probabilities(m, i) for i in ids] for m in (reference, candidate))
         if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             reasons.append("logits differ where they must be equal bit for bit")
         if ours[0].shape == theirs[0].shape:
-            numbers |= {f"candidate_{k}": v for k, v in _distance(ours, theirs).items()}
+            numbers |= {f"candidate_{k}": v for k, v in distance(ours, theirs).items()}
         return ParityReport(name, not reasons, reasons, numbers, len(prompts))
     fine = copy.deepcopy(reference).float()
-    ours = [_log_probabilities(fine, i) for i in ids]
+    ours = [log_probabilities(fine, i) for i in ids]
     untouched = None if base is None else _base_log_probabilities(fine if base is reference else base, ids)
     _jitter(fine, next(candidate.parameters()).dtype)
-    noise = _distance(ours, [_log_probabilities(fine, i) for i in ids])
+    noise = distance(ours, [log_probabilities(fine, i) for i in ids])
     del fine
-    theirs = [_log_probabilities(copy.deepcopy(candidate).float(), i) for i in ids]
+    theirs = [log_probabilities(copy.deepcopy(candidate).float(), i) for i in ids]
     if ours[0].shape[-1] != theirs[0].shape[-1]:
         reasons.append(f"the vocabulary has {theirs[0].shape[-1]:,} rows, it had {ours[0].shape[-1]:,}")
         return ParityReport(name, False, reasons, numbers, len(prompts))
-    apart = _distance(ours, theirs)
+    apart = distance(ours, theirs)
     numbers |= {f"candidate_{k}": v for k, v in apart.items()}
     numbers |= {f"rounding_{k}": v for k, v in noise.items()}
     noise = {k: max(v, FLOOR.get(k, 0.0)) for k, v in noise.items()}
@@ -131,7 +131,7 @@ def check_parity(
     if flipped:
         reasons.append(f"the likeliest token changes at {flipped} positions where rounding cannot change it")
     if untouched is not None:
-        moved = _distance(ours, untouched)["mean"]
+        moved = distance(ours, untouched)["mean"]
         numbers["tuning_mean"] = moved
         if moved == 0:
             reasons.append("the tuned model does not differ from its base: nothing was learnt, or the adapter is off")
@@ -168,18 +168,18 @@ def weigh_merge(
         tokenizer: of all of them.
         prompts: rendered texts.
     """
-    ids = _ids(tokenizer, prompts, _limit(reference, tokenizer))
-    ours = [_log_probabilities(trained, i) for i in ids]
+    ids = token_ids(tokenizer, prompts, _limit(reference, tokenizer))
+    ours = [log_probabilities(trained, i) for i in ids]
     others = {
-        "merged": [_log_probabilities(merged, i) for i in ids],
-        "merged_quantized": [_log_probabilities(merged_quantized, i) for i in ids],
+        "merged": [log_probabilities(merged, i) for i in ids],
+        "merged_quantized": [log_probabilities(merged_quantized, i) for i in ids],
         "stored_base": _base_log_probabilities(reference, ids),
     }
     if Head.of(trained).writes:
         for name, theirs in {"trained": ours, **others}.items():
             report.numbers[f"loss_{name}"] = _mean_loss(theirs, ids)
     for name, theirs in others.items():
-        report.numbers[f"from_trained_{name}"] = _distance(ours, theirs)["mean"]
+        report.numbers[f"from_trained_{name}"] = distance(ours, theirs)["mean"]
     merged_apart, base_apart = (report.numbers[f"from_trained_{name}"] for name in ("merged", "stored_base"))
     if not merged_apart < base_apart:
         report.reasons.append(
@@ -216,7 +216,7 @@ def _limit(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     return min(_TOKENS, context_of(model.config, tokenizer) or _TOKENS)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None) -> list[list[int]]:
     """Token ids of the prompts. A rendered prompt holds its control tokens; other texts get the tokenizer's own."""
     if limit is None:
         return [tokenizer(p, add_special_tokens=False).input_ids[-_TOKENS:] for p in prompts]
@@ -234,7 +234,7 @@ def _tokens_differ(
     if limit is None and not travelled.chat_template:
         return ["the chat template was lost"]
     for prompt in prompts:
-        ids = [_ids(t, [prompt], limit) for t in (tokenizer, travelled)]
+        ids = [token_ids(t, [prompt], limit) for t in (tokenizer, travelled)]
         if ids[0] != ids[1]:
             reasons.append("the tokenizer gives other tokens for the same text")
             break
@@ -264,7 +264,7 @@ def _stops_missing(candidate: Any, tokenizer: PreTrainedTokenizerBase) -> list[s
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
+def log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """``[n, V] float32`` on CPU, computed with plain attention, whatever the model uses otherwise."""
     was, native = model.training, model.config._attn_implementation
     model.eval()
@@ -283,8 +283,8 @@ def _log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
 def _base_log_probabilities(base: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     if hasattr(base, "disable_adapter"):
         with base.disable_adapter():
-            return [_log_probabilities(base, i) for i in ids]
-    return [_log_probabilities(base, i) for i in ids]
+            return [log_probabilities(base, i) for i in ids]
+    return [log_probabilities(base, i) for i in ids]
 
 
 @torch.no_grad()
@@ -300,7 +300,7 @@ def _jitter(model: Any, dtype: torch.dtype) -> None:
         weight += (torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5) * last_place
 
 
-def _distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:
+def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:
     """Mean and greatest |Δ log-probability| over likely tokens, and mean KL divergence.
 
     Tokens that neither model would say (probability below 1e-4) are left out: their log-probabilities are large,

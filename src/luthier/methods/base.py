@@ -156,10 +156,11 @@ class TuningMethod:
         Raises:
             RuntimeError, ValueError, KeyError, OSError: it does not fit.
         """
-        return load_peft(base, folder)
+        model: torch.nn.Module = load_peft(base, folder)
+        return model
 
 
-def load_peft(base: PreTrainedModel, folder: Path, adapter_name: str = "default") -> torch.nn.Module:
+def load_peft(base: PreTrainedModel, folder: Path, adapter_name: str = "default") -> Any:
     """An adapter that PEFT has saved on its base, under a name, in the base's precision.
 
     Raises:

@@ -1,0 +1,255 @@
+"""Several adapters on one base: each answers as it does alone, what is combined is saved and merged as it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from luthier import AdapterSet
+from luthier.errors import UserError
+from luthier.method_options import options_of
+from luthier.methods import get_method
+from luthier.methods.saved import load_saved, write_record
+from luthier.models.fingerprint import fingerprint
+from luthier.models.loading import add_tokens, load_model, load_tokenizer
+
+TEXT = "What is the capital of France?"
+
+
+def tuned(folder, base, *, method="lora", tokens=(), seed=0, template=None, **options):
+    """An adapter folder as a run leaves it, its matrices filled with noise."""
+    tokenizer, model = load_tokenizer(base), load_model(base, dtype=torch.float32)
+    if template:
+        tokenizer.chat_template = template
+    own, ids = fingerprint(model), add_tokens(model, tokenizer, list(tokens))
+    how = get_method(method)
+    torch.manual_seed(seed)
+    model = how.wrap(model, options_of(method)(**options), ids)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    how.save(model.eval(), folder)
+    tokenizer.save_pretrained(folder)
+    write_record(folder, model, str(base), base_fingerprint=own, method=how)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model_dir, tmp_path_factory):
+    """Folders of two LoRAs that differ in all that they may."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "orders": tuned(folder / "orders", tiny_model_dir, seed=1, r=8),
+        "polite": tuned(
+            folder / "polite", tiny_model_dir, seed=2, r=4, use_rslora=True, target_modules=["q_proj", "up_proj"]
+        ),
+    }
+
+
+@torch.no_grad()
+def logits(model, tokenizer):
+    return model(**tokenizer(TEXT, return_tensors="pt")).logits.float()
+
+
+def alone(folder):
+    saved = load_saved(folder)
+    return logits(saved.model, saved.tokenizer)
+
+
+def test_each_answers_as_it_does_alone(two, tiny_model_dir, tmp_path):
+    more = {
+        # Names of which one begins as another does; layers that are trained whole; a DoRA.
+        "order": tuned(tmp_path / "c", tiny_model_dir, seed=3, modules_to_save=["embed_tokens"]),
+        "default": tuned(tmp_path / "d", tiny_model_dir, seed=4, use_dora=True),
+    }
+    adapters = AdapterSet.load(two)
+    for name, folder in more.items():
+        adapters.add(name, folder)
+    assert adapters.names == ("orders", "polite", "order", "default") and adapters.active == "orders"
+    base = logits(load_model(tiny_model_dir), adapters.tokenizer)
+    for name, folder in (two | more).items():
+        with adapters.use(name) as model:
+            assert adapters.active == name
+            assert torch.equal(logits(model, adapters.tokenizer), alone(folder)), name
+            with adapters.base() as untouched:
+                assert adapters.active is None and torch.equal(logits(untouched, adapters.tokenizer), base), name
+                with pytest.raises(UserError, match="off here"):
+                    adapters.switch("polite")
+        assert adapters.active == "orders"
+        adapters.save(name, tmp_path / f"again-{name}")
+        assert torch.equal(alone(tmp_path / f"again-{name}"), alone(folder)), name
+    assert not any(p.requires_grad for p in adapters.model.parameters())
+    with pytest.raises(UserError, match="'orders' is on"):
+        adapters.remove("orders")
+    adapters.switch("polite")
+    adapters.remove("orders")
+    assert "orders" not in adapters.names
+    assert torch.equal(logits(adapters.model, adapters.tokenizer), alone(two["polite"]))
+
+
+@pytest.mark.parametrize("method", ["ia3", "prompt", "prefix"])
+def test_other_methods_are_switched_too(method, tiny_model_dir, tmp_path):
+    options = {} if method == "ia3" else {"num_virtual_tokens": 4}
+    folders = {name: tuned(tmp_path / name, tiny_model_dir, method=method, seed=ord(name), **options) for name in "pq"}
+    adapters = AdapterSet.load(folders)
+    for name, folder in folders.items():
+        with adapters.use(name) as model:
+            assert torch.equal(logits(model, adapters.tokenizer), alone(folder))
+    with adapters.base() as model:
+        assert torch.equal(logits(model, adapters.tokenizer), logits(load_model(tiny_model_dir), adapters.tokenizer))
+    adapters.save("q", tmp_path / "again")
+    assert torch.equal(alone(tmp_path / "again"), alone(folders["q"]))
+    with pytest.raises(UserError, match="only updates"):
+        adapters.weigh({"p": 1, "q": 1})
+
+
+def test_a_combination_is_saved_and_merged_as_it_is(two, tiny_model_dir, tmp_path):
+    from peft import PeftModel
+
+    adapters = AdapterSet.load(two)
+    combined = adapters.weigh({"orders": 0.7, "polite": -0.3})
+    assert combined.name == "orders+polite" and combined.ranks == (8, 12) and combined.lost < 1e-6
+    assert adapters.active == "orders"
+    with adapters.use(combined.name) as model:
+        wanted = logits(model, adapters.tokenizer)
+    assert adapters.save(combined.name, tmp_path / "adapter").numbers["candidate_max"] == 0
+    plain = PeftModel.from_pretrained(load_model(tiny_model_dir), tmp_path / "adapter").eval()
+    assert torch.equal(logits(plain, adapters.tokenizer), wanted)
+    again = AdapterSet.load({"both": tmp_path / "adapter", **two})
+    assert torch.equal(logits(again.model, again.tokenizer), wanted)
+    assert again.tokenizer.chat_template == adapters.tokenizer.chat_template
+
+    ties = adapters.weigh({"orders": 1, "polite": 1}, "ties", name="ties", rank="full")
+    assert ties.lost == 0 and ties.ranks == (32, 64)
+    for name in (combined.name, "ties"):
+        assert adapters.merge(name, tmp_path / f"merged-{name}").passed
+        with adapters.use(name) as model:
+            torch.testing.assert_close(
+                logits(load_model(tmp_path / f"merged-{name}"), adapters.tokenizer),
+                logits(model, adapters.tokenizer),
+                rtol=1e-3,
+                atol=1e-3,
+            )
+    assert 0 < adapters.distance(combined.name, "orders") < adapters.distance(combined.name)
+    assert adapters.distance("ties", "ties") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "merged-orders+polite", "merged-ties"]
+
+
+def test_what_cannot_live_together_is_refused(two, tiny_model_dir, tmp_path):
+    base = load_model(tiny_model_dir)
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight.normal_()
+    base.save_pretrained(tmp_path / "other-base")
+    load_tokenizer(tiny_model_dir).save_pretrained(tmp_path / "other-base")
+    other = tuned(tmp_path / "other", tmp_path / "other-base")
+    adapters = AdapterSet.load(two)
+    with pytest.raises(
+        UserError, match=f"'new' was trained on another base, '{tmp_path}/other-base'.*{tiny_model_dir}"
+    ):
+        adapters.add("new", other)
+    # Plain PEFT's folders have no fingerprint: that of the base they name counts.
+    (other / "luthier_base.json").unlink()
+    with pytest.raises(UserError, match="another base"):
+        adapters.add("new", other)
+    for method in ("prompt", "ia3"):
+        with pytest.raises(UserError, match=rf"tuned by method {method} .* and 'orders' by lora"):
+            adapters.add("new", tuned(tmp_path / method, tiny_model_dir, method=method))
+    with pytest.raises(UserError, match="stand alone"):
+        adapters.add("new", tuned(tmp_path / "adapter", tiny_model_dir, method="adapter"))
+    with pytest.raises(UserError, match="tokens were added in training"):
+        adapters.add("new", tuned(tmp_path / "tokens", tiny_model_dir, tokens=["<call>"]))
+    quantized = tuned(tmp_path / "quantized", tiny_model_dir)
+    record = json.loads((quantized / "luthier_base.json").read_text())
+    record["quantization"] = {"bits": 4, "quant_type": "nf4", "double_quant": True}
+    (quantized / "luthier_base.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"in 4 bits \(nf4\), and 'orders' beside one as it is stored"):
+        adapters.add("new", quantized)
+    config = json.loads((quantized / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}
+    (quantized / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="began as pissa"):
+        adapters.add("new", quantized)
+    with pytest.raises(UserError, match="there is an adapter 'polite'"):
+        adapters.add("polite", two["polite"])
+    for name in ("", "q_proj", "a.b", "a/b", "lora_A", "weight"):
+        with pytest.raises(UserError, match="cannot be an adapter's name"):
+            adapters.add(name, two["polite"])
+    for path, message in (("nowhere", "there is no folder"), (tiny_model_dir, "holds no adapter")):
+        with pytest.raises(UserError, match=message):
+            adapters.add("new", path)
+    with pytest.raises(UserError, match="no adapter is named"):
+        AdapterSet.load({})
+    assert adapters.names == ("orders", "polite") and adapters.active == "orders"
+    with adapters.use("polite") as model:
+        assert torch.equal(logits(model, adapters.tokenizer), alone(two["polite"]))
+
+
+def test_what_cannot_be_combined_is_refused(two, tiny_model_dir, tmp_path):
+    adapters = AdapterSet.load(two)
+    template = adapters.tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
+    adapters.add("template", tuned(tmp_path / "template", tiny_model_dir, template=template))
+    assert adapters.tokenizer.chat_template != template
+    with adapters.use("template"):
+        assert adapters.tokenizer.chat_template == template
+    with pytest.raises(UserError, match="'orders' and 'template' cannot be combined: the chat template"):
+        adapters.weigh({"orders": 0.5, "template": 0.5})
+    adapters.add("whole", tuned(tmp_path / "whole", tiny_model_dir, modules_to_save=["norm"]))
+    with pytest.raises(UserError, match="'whole' cannot be combined"):
+        adapters.weigh({"orders": 0.5, "whole": 0.5})
+    for weights, name, message in (
+        ({"orders": 1, "pilote": 1}, None, "there is no adapter 'pilote'"),
+        ({"orders": 1, "polite": 1}, "polite", "there is an adapter 'polite'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adapters.weigh(weights, name=name)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="not empty"):
+        adapters.save("orders", tmp_path / "mine")
+    assert adapters.names == ("orders", "polite", "template", "whole")
+
+
+def luthier(monkeypatch, *words):
+    from luthier.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+def test_the_command_line_combines(two, tmp_path, monkeypatch, capsys):
+    runs, out = two.values(), tmp_path / "both"
+    assert luthier(monkeypatch, "combine", *runs, "--weights", "0.7,0.3", "-o", out) == 0
+    said = capsys.readouterr().out
+    assert "ranks 8 to 12: 0.00% of the combined update is lost" in said and "passed" in said
+    told = json.loads((out / "luthier_combine.json").read_text())
+    assert told["weights"] == {"1-orders": 0.7, "2-polite": 0.3} and set(told["answers"]) == {*told["weights"], "base"}
+    by_hand = AdapterSet.load(two)
+    by_hand.switch(by_hand.weigh({"orders": 0.7, "polite": 0.3}).name)
+    assert torch.equal(alone(out), logits(by_hand.model, by_hand.tokenizer))
+
+    asked = ("combine", *runs, "--weights", "1,-1", "--method", "dare_ties", "--density", "0.3", "--seed", "7")
+    assert luthier(monkeypatch, *asked, "-o", tmp_path / "small") == 0
+    assert "a higher --rank loses less" in capsys.readouterr().out
+    assert luthier(monkeypatch, *asked, "-o", tmp_path / "model", "--merge") == 0
+    assert "0.00% of the combined update is lost" in capsys.readouterr().out
+    by_hand.weigh({"orders": 1, "polite": -1}, "dare_ties", name="dare", density=0.3, seed=7, rank="full")
+    by_hand.switch("dare")
+    merged = logits(load_model(tmp_path / "model"), by_hand.tokenizer)
+    torch.testing.assert_close(merged, logits(by_hand.model, by_hand.tokenizer), rtol=1e-3, atol=1e-3)
+
+    one = two["orders"]
+    for words, message in (
+        ((one, "--weights", "1"), "one adapter alone"),
+        ((*runs, "--weights", "1"), "2 adapters have 1 weights"),
+        ((*runs, "--weights", "1,x"), "are no numbers"),
+        ((one, one, "--weights", "1,1"), "named twice"),
+        ((*runs, "--weights", "1,1", "--method", "mean"), "unknown combination 'mean'"),
+    ):
+        assert luthier(monkeypatch, "combine", *words, "-o", tmp_path / "none") == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
