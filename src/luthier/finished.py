@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.data.dataset import prepare
-from luthier.deployment.adapters import AdapterSet, CombinedAdapter
-from luthier.deployment.merge import PROMPTS, merge_adapter
+from luthier.deployment.adapters import AdapterSet, CombinedAdapter, require_unused
+from luthier.deployment.merge import PROMPTS, claim, merge_adapter
 from luthier.deployment.parity import ParityReport
 from luthier.errors import UserError
 from luthier.methods import get_method
@@ -146,6 +146,8 @@ def combine_saved(
     folders = [AdapterFolder.read(path).folder for path in paths]
     if len(set(map(Path.resolve, folders))) < len(folders):
         raise UserError("an adapter is named twice", remedy="name each once, with its whole weight")
+    # Before anything long: a folder in use would be found only at the end.
+    (claim if merge else require_unused)(output.expanduser())
     names = [f"{number}-{_own_name(path)}" for number, path in enumerate(paths, 1)]
     runs = [RunFolder.of(path) for path in paths if RunFolder(Path(path).expanduser()).manifest]
     adapters = dict(zip(names, folders, strict=True))
@@ -171,7 +173,7 @@ def combine_saved(
     parity = hand_over("combined", output, prompts=prompts)
     told = combined.to_dict() | {"folders": [str(path) for path in paths], "answers": answers}
     with writing(output):
-        (output / COMBINED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (output.expanduser() / COMBINED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return CombineResult(combined, answers, parity)
 
 

@@ -101,14 +101,15 @@ def alone(folder):
 
 def test_each_answers_as_it_does_alone(two, base_dir, tmp_path):
     more = {
-        # Names of which one begins as another does; layers that are trained whole; a DoRA.
+        # Names that begin as another does, or that PEFT has parts of; layers that are trained whole; a DoRA.
         "order": tuned(tmp_path / "c", base_dir, seed=3, modules_to_save=["embed_tokens"]),
         "default": tuned(tmp_path / "d", base_dir, seed=4, use_dora=True),
+        "a": tuned(tmp_path / "a", base_dir, seed=5),
     }
     adapters = AdapterSet.load(two)
     for name, folder in more.items():
         adapters.add(name, folder)
-    assert adapters.names == ("orders", "polite", "order", "default") and adapters.active == "orders"
+    assert adapters.names == ("orders", "polite", "order", "default", "a") and adapters.active == "orders"
     base = logits(load_model(base_dir), adapters.tokenizer)
     for name, folder in (two | more).items():
         with adapters.use(name) as model:
@@ -143,6 +144,17 @@ def test_other_methods_are_switched_too(method, base_dir, tmp_path):
     adapters.save("q", tmp_path / "again")
     assert torch.equal(alone(tmp_path / "again"), alone(folders["q"]))
     with pytest.raises(UserError, match="only updates"):
+        adapters.weigh({"p": 1, "q": 1})
+
+
+def test_adapters_with_the_same_added_tokens_are_switched(base_dir, tmp_path):
+    folders = {n: tuned(tmp_path / n, base_dir, seed=ord(n), tokens=["<call>", "is"]) for n in "pq"}
+    adapters = AdapterSet.load(folders)
+    for name, folder in folders.items():
+        with adapters.use(name) as model:
+            assert "is" in adapters.tokenizer.tokenize(TEXT)
+            assert torch.equal(logits(model, adapters.tokenizer), alone(folder))
+    with pytest.raises(UserError, match="embeddings of tokens"):
         adapters.weigh({"p": 1, "q": 1})
 
 
@@ -289,4 +301,6 @@ def test_the_command_line_combines(two, tmp_path, monkeypatch, capsys):
     ):
         assert luthier(monkeypatch, "combine", *words, "-o", tmp_path / "none") == 2
         assert message in capsys.readouterr().err
+    assert luthier(monkeypatch, "combine", *runs, "--weights", "1,1", "-o", out) == 2
+    assert "is not empty" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -246,8 +246,7 @@ class AdapterSet:
         """
         self._require(name)
         target, member = Path(folder).expanduser(), self._members[name]
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise UserError(f"{str(target)!r} is not empty", remedy="name a new folder; nothing was touched")
+        require_unused(target)
         aside = target.parent / f".writing-{target.name}"
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -351,6 +350,16 @@ class AdapterSet:
             )
 
 
+def require_unused(target: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        UserError: it does.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{str(target)!r} is not empty", remedy="name a new folder; nothing was touched")
+
+
 def _require_lone(adapter: AdapterFolder) -> None:
     """Refuse adapters that no other can stand beside.
 
@@ -374,9 +383,9 @@ def _require_lone(adapter: AdapterFolder) -> None:
 
 def _require_name(name: str, model: Any) -> None:
     """PEFT finds an adapter's parameters by its name among the parts of theirs."""
-    taken = {part for key, _ in model.named_modules() for part in key.split(".")} | {"weight", "bias"}
-    peft = ("lora_", "ia3_", "prompt_", "modules_to_save", "trainable_tokens", "base_layer", "base_model")
-    if not name or name != name.strip() or any(c in name for c in "./\\") or name in taken or name.startswith(peft):
+    taken = {part for key, _ in model.named_parameters() for part in key.split(".")} | {"", "base_model"}
+    own = name.startswith(("lora_", "ia3_", "trainable_tokens", "modules_to_save", "base_layer"))
+    if name in taken or own or name != name.strip() or any(c in name for c in "./\\"):
         raise UserError(
             f"{name!r} cannot be an adapter's name",
             remedy="choose one without dots and slashes that is no name of a layer, such as 'orders'",

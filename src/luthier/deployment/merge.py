@@ -97,7 +97,7 @@ def _merge(
     if not hasattr(model, "merge_and_unload"):
         raise UserError("this model has no adapter to merge", remedy="use the folder of the tuned model as it is")
     target = Path(output_dir).expanduser()
-    _claim(target)
+    claim(target)
     aside = target.parent / f".writing-{target.name}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -136,8 +136,12 @@ def _merge(
     return report
 
 
-def _claim(target: Path) -> None:
-    """Only an empty folder or an earlier merge is written over."""
+def claim(target: Path) -> None:
+    """Only an empty folder or an earlier merge is written over.
+
+    Raises:
+        UserError: the folder is another.
+    """
     if target.exists() and not target.is_dir():
         raise UserError(f"{str(target)!r} is a file", remedy="name a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():

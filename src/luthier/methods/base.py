@@ -223,8 +223,10 @@ def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str, *, where: 
 
 @contextlib.contextmanager
 def peft_warnings_apart() -> Iterator[None]:
-    """Without the warning that PEFT 0.21 draws from transformers 5 when it wraps a model; users cannot act on it."""
+    """Without warnings of PEFT 0.21 that users cannot act on: one that it draws from transformers 5 when it wraps a
+    model, and one that names such as 'a' may be lost in loading, which they are not (tests/deployment)."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Adapter name '.*' should not be contained in the prefix")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         yield
 
