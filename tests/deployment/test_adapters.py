@@ -38,53 +38,14 @@ def tuned(folder, base, *, method="lora", tokens=(), seed=0, template=None, **op
     return folder
 
 
-_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 @pytest.fixture(scope="module")
-def base_dir(tmp_path_factory):
-    """A random two-layer Llama whose tokens are bytes: its tokenizer, which is loaded often here, is read at once."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE({letter: at for at, letter in enumerate(letters)}, []))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"]
-    )
-    tokenizer.chat_template = _TEMPLATE
-    folder = tmp_path_factory.mktemp("tiny-bytes")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(base_dir, tmp_path_factory):
+def two(terse_model_dir, tmp_path_factory):
     """Folders of two LoRAs that differ in all that they may."""
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        "orders": tuned(folder / "orders", base_dir, seed=1, r=8),
+        "orders": tuned(folder / "orders", terse_model_dir, seed=1, r=8),
         "polite": tuned(
-            folder / "polite", base_dir, seed=2, r=4, use_rslora=True, target_modules=["q_proj", "up_proj"]
+            folder / "polite", terse_model_dir, seed=2, r=4, use_rslora=True, target_modules=["q_proj", "up_proj"]
         ),
     }
 
@@ -99,18 +60,18 @@ def alone(folder):
     return logits(saved.model, saved.tokenizer)
 
 
-def test_each_answers_as_it_does_alone(two, base_dir, tmp_path):
+def test_each_answers_as_it_does_alone(two, terse_model_dir, tmp_path):
     more = {
         # Names that begin as another does, or that PEFT has parts of; layers that are trained whole; a DoRA.
-        "order": tuned(tmp_path / "c", base_dir, seed=3, modules_to_save=["embed_tokens"]),
-        "default": tuned(tmp_path / "d", base_dir, seed=4, use_dora=True),
-        "a": tuned(tmp_path / "a", base_dir, seed=5),
+        "order": tuned(tmp_path / "c", terse_model_dir, seed=3, modules_to_save=["embed_tokens"]),
+        "default": tuned(tmp_path / "d", terse_model_dir, seed=4, use_dora=True),
+        "a": tuned(tmp_path / "a", terse_model_dir, seed=5),
     }
     adapters = AdapterSet.load(two)
     for name, folder in more.items():
         adapters.add(name, folder)
     assert adapters.names == ("orders", "polite", "order", "default", "a") and adapters.active == "orders"
-    base = logits(load_model(base_dir), adapters.tokenizer)
+    base = logits(load_model(terse_model_dir), adapters.tokenizer)
     for name, folder in (two | more).items():
         with adapters.use(name) as model:
             assert adapters.active == name
@@ -132,33 +93,33 @@ def test_each_answers_as_it_does_alone(two, base_dir, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["ia3", "prompt", "prefix"])
-def test_other_methods_are_switched_too(method, base_dir, tmp_path):
+def test_other_methods_are_switched_too(method, terse_model_dir, tmp_path):
     options = {} if method == "ia3" else {"num_virtual_tokens": 4}
-    folders = {name: tuned(tmp_path / name, base_dir, method=method, seed=ord(name), **options) for name in "pq"}
+    folders = {name: tuned(tmp_path / name, terse_model_dir, method=method, seed=ord(name), **options) for name in "pq"}
     adapters = AdapterSet.load(folders)
     for name, folder in folders.items():
         with adapters.use(name) as model:
             assert torch.equal(logits(model, adapters.tokenizer), alone(folder))
     with adapters.base() as model:
-        assert torch.equal(logits(model, adapters.tokenizer), logits(load_model(base_dir), adapters.tokenizer))
+        assert torch.equal(logits(model, adapters.tokenizer), logits(load_model(terse_model_dir), adapters.tokenizer))
     adapters.save("q", tmp_path / "again")
     assert torch.equal(alone(tmp_path / "again"), alone(folders["q"]))
     with pytest.raises(UserError, match="only updates"):
         adapters.weigh({"p": 1, "q": 1})
 
 
-def test_adapters_with_the_same_added_tokens_are_switched(base_dir, tmp_path):
-    folders = {n: tuned(tmp_path / n, base_dir, seed=ord(n), tokens=["<call>", "is"]) for n in "pq"}
+def test_adapters_with_the_same_added_tokens_are_switched(terse_model_dir, tmp_path):
+    folders = {n: tuned(tmp_path / n, terse_model_dir, seed=ord(n), tokens=["<call>", "capital"]) for n in "pq"}
     adapters = AdapterSet.load(folders)
     for name, folder in folders.items():
         with adapters.use(name) as model:
-            assert "is" in adapters.tokenizer.tokenize(TEXT)
+            assert "capital" in adapters.tokenizer.tokenize(TEXT)
             assert torch.equal(logits(model, adapters.tokenizer), alone(folder))
     with pytest.raises(UserError, match="embeddings of tokens"):
         adapters.weigh({"p": 1, "q": 1})
 
 
-def test_a_combination_is_saved_and_merged_as_it_is(two, base_dir, tmp_path):
+def test_a_combination_is_saved_and_merged_as_it_is(two, terse_model_dir, tmp_path):
     from peft import PeftModel
 
     adapters = AdapterSet.load(two)
@@ -168,7 +129,7 @@ def test_a_combination_is_saved_and_merged_as_it_is(two, base_dir, tmp_path):
     with adapters.use(combined.name) as model:
         wanted = logits(model, adapters.tokenizer)
     assert adapters.save(combined.name, tmp_path / "adapter").numbers["candidate_max"] == 0
-    plain = PeftModel.from_pretrained(load_model(base_dir), tmp_path / "adapter").eval()
+    plain = PeftModel.from_pretrained(load_model(terse_model_dir), tmp_path / "adapter").eval()
     assert torch.equal(logits(plain, adapters.tokenizer), wanted)
     again = AdapterSet.load({"both": tmp_path / "adapter", **two})
     assert torch.equal(logits(again.model, again.tokenizer), wanted)
@@ -190,15 +151,17 @@ def test_a_combination_is_saved_and_merged_as_it_is(two, base_dir, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "merged-orders+polite", "merged-ties"]
 
 
-def test_what_cannot_live_together_is_refused(two, base_dir, tmp_path):
-    base = load_model(base_dir)
+def test_what_cannot_live_together_is_refused(two, terse_model_dir, tmp_path):
+    base = load_model(terse_model_dir)
     with torch.no_grad():
         base.model.layers[0].mlp.up_proj.weight.normal_()
     base.save_pretrained(tmp_path / "other-base")
-    load_tokenizer(base_dir).save_pretrained(tmp_path / "other-base")
+    load_tokenizer(terse_model_dir).save_pretrained(tmp_path / "other-base")
     other = tuned(tmp_path / "other", tmp_path / "other-base")
     adapters = AdapterSet.load(two)
-    with pytest.raises(UserError, match=f"'new' was trained on another base, '{tmp_path}/other-base'.*{base_dir}"):
+    with pytest.raises(
+        UserError, match=f"'new' was trained on another base, '{tmp_path}/other-base'.*{terse_model_dir}"
+    ):
         adapters.add("new", other)
     # Plain PEFT's folders have no fingerprint: that of the base they name counts.
     (other / "luthier_base.json").unlink()
@@ -206,12 +169,18 @@ def test_what_cannot_live_together_is_refused(two, base_dir, tmp_path):
         adapters.add("new", other)
     for method in ("prompt", "ia3"):
         with pytest.raises(UserError, match=rf"tuned by method {method} .* and 'orders' by lora"):
-            adapters.add("new", tuned(tmp_path / method, base_dir, method=method))
+            adapters.add("new", tuned(tmp_path / method, terse_model_dir, method=method))
     with pytest.raises(UserError, match="stand alone"):
-        adapters.add("new", tuned(tmp_path / "adapter", base_dir, method="adapter"))
+        adapters.add("new", tuned(tmp_path / "adapter", terse_model_dir, method="adapter"))
     with pytest.raises(UserError, match="tokens were added in training"):
-        adapters.add("new", tuned(tmp_path / "tokens", base_dir, tokens=["<call>"]))
-    quantized = tuned(tmp_path / "quantized", base_dir)
+        adapters.add("new", tuned(tmp_path / "tokens", terse_model_dir, tokens=["<call>"]))
+    classes = tuned(tmp_path / "classes", terse_model_dir)
+    record = json.loads((classes / "luthier_base.json").read_text())
+    record |= {"task": "classification", "labels": ["good", "bad"]}
+    (classes / "luthier_base.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="another head than 'orders'"):
+        adapters.add("new", classes)
+    quantized = tuned(tmp_path / "quantized", terse_model_dir)
     record = json.loads((quantized / "luthier_base.json").read_text())
     record["quantization"] = {"bits": 4, "quant_type": "nf4", "double_quant": True}
     (quantized / "luthier_base.json").write_text(json.dumps(record))
@@ -226,7 +195,7 @@ def test_what_cannot_live_together_is_refused(two, base_dir, tmp_path):
     for name in ("", "q_proj", "a.b", "a/b", "lora_A", "weight"):
         with pytest.raises(UserError, match="cannot be an adapter's name"):
             adapters.add(name, two["polite"])
-    for path, message in (("nowhere", "there is no folder"), (base_dir, "holds no adapter")):
+    for path, message in (("nowhere", "there is no folder"), (terse_model_dir, "holds no adapter")):
         with pytest.raises(UserError, match=message):
             adapters.add("new", path)
     with pytest.raises(UserError, match="no adapter is named"):
@@ -236,16 +205,16 @@ def test_what_cannot_live_together_is_refused(two, base_dir, tmp_path):
         assert torch.equal(logits(model, adapters.tokenizer), alone(two["polite"]))
 
 
-def test_what_cannot_be_combined_is_refused(two, base_dir, tmp_path):
+def test_what_cannot_be_combined_is_refused(two, terse_model_dir, tmp_path):
     adapters = AdapterSet.load(two)
     template = adapters.tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
-    adapters.add("template", tuned(tmp_path / "template", base_dir, template=template))
+    adapters.add("template", tuned(tmp_path / "template", terse_model_dir, template=template))
     assert adapters.tokenizer.chat_template != template
     with adapters.use("template"):
         assert adapters.tokenizer.chat_template == template
     with pytest.raises(UserError, match="'orders' and 'template' cannot be combined: the chat template"):
         adapters.weigh({"orders": 0.5, "template": 0.5})
-    adapters.add("whole", tuned(tmp_path / "whole", base_dir, modules_to_save=["norm"]))
+    adapters.add("whole", tuned(tmp_path / "whole", terse_model_dir, modules_to_save=["norm"]))
     with pytest.raises(UserError, match="'whole' cannot be combined"):
         adapters.weigh({"orders": 0.5, "whole": 0.5})
     for weights, name, message in (

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from luthier.deployment.merge import PROMPTS, merge_adapter
-from luthier.deployment.parity import ParityReport, check_parity, distance, log_probabilities, require
+from luthier.deployment.parity import ParityReport, check_parity, distance, log_probabilities, require, token_ids
 from luthier.errors import UserError
 from luthier.methods.base import TuningMethod, load_peft, peft_warnings_apart
 from luthier.methods.combination import Combination, CombinationType, add_combined, require_combinable
 from luthier.methods.saved import AdapterFolder, load_saved, put_record
 from luthier.models.fingerprint import fingerprint
-from luthier.models.loading import load_model, without_bars
+from luthier.models.heads import Head
+from luthier.models.loading import load_model, set_padding, without_bars
 from luthier.models.quantized import Quantization
 from luthier.training.checkpoint import writing
 
@@ -74,6 +75,7 @@ class AdapterSet:
         self.model.eval()
         self.model.set_adapter(first, inference_mode=True)
         self._members = {first: self._member(adapter)}
+        set_padding(base, self.tokenizer)
 
     @classmethod
     def load(cls, adapters: Mapping[str, str | Path], *, dtype: torch.dtype | None = None) -> AdapterSet:
@@ -223,8 +225,7 @@ class AdapterSet:
     def distance(self, one: str, other: str | None = None, prompts: Sequence[str] = PROMPTS) -> float:
         """Mean |Δ log-probability| of likely tokens between an adapter and another, or the base, over some texts."""
         self._require(one)
-        tokenizer = self._members[one].tokenizer
-        ids = [tokenizer(p, add_special_tokens=False).input_ids[-512:] for p in prompts]
+        ids = token_ids(self._members[one].tokenizer, prompts, Head.of(self.model))
         answers = []
         for name in (one, other):
             with self.base() if name is None else self.use(name) as model:
@@ -327,6 +328,13 @@ class AdapterSet:
                 where=str(adapter.folder),
                 remedy="load it in a set of its own, or tune all by one method",
             )
+        head, others = adapter.head, Head.of(self.model)
+        if (head.writes, head.classes) != (others.writes, others.classes):
+            raise UserError(
+                f"{name!r} stands on a base with another head than {first!r}: their tasks or classes differ",
+                where=str(adapter.folder),
+                remedy="load it in a set of its own",
+            )
         own = adapter.record.get("fingerprint") or fingerprint(load_model(adapter.base_name))
         if own != self._fingerprint:
             raise UserError(
@@ -393,7 +401,7 @@ def _require_name(name: str, model: Any) -> None:
 
 
 def _require_alike(members: Mapping[str, _Member]) -> None:
-    """Refuse to combine adapters that learnt other tasks, or read the same text as other tokens.
+    """Refuse to combine adapters that read the same text as other tokens.
 
     Raises:
         UserError: what differs, and between whom.
@@ -401,9 +409,7 @@ def _require_alike(members: Mapping[str, _Member]) -> None:
     (first, one), *others = members.items()
     for name, other in others:
         differs = None
-        if one.record.get("task") != other.record.get("task"):
-            differs = f"the task ({one.record.get('task')} and {other.record.get('task')})"
-        elif one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        if one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             differs = "the vocabulary"
         elif one.tokenizer.chat_template != other.tokenizer.chat_template:
             differs = "the chat template"
