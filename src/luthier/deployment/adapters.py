@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from luthier.deployment.merge import PROMPTS, merge_adapter
-from luthier.deployment.parity import ParityReport, check_parity, distance, log_probabilities, require, token_ids
+from luthier.deployment.parity import (
+    ParityReport,
+    check_parity,
+    distance,
+    limit_of,
+    log_probabilities,
+    require,
+    token_ids,
+)
 from luthier.errors import UserError
 from luthier.methods.base import TuningMethod, load_peft, peft_warnings_apart
 from luthier.methods.combination import Combination, CombinationType, add_combined, require_combinable
@@ -225,7 +233,8 @@ class AdapterSet:
     def distance(self, one: str, other: str | None = None, prompts: Sequence[str] = PROMPTS) -> float:
         """Mean |Δ log-probability| of likely tokens between an adapter and another, or the base, over some texts."""
         self._require(one)
-        ids = token_ids(self._members[one].tokenizer, prompts, Head.of(self.model))
+        tokenizer = self._members[one].tokenizer
+        ids = token_ids(tokenizer, prompts, limit_of(self.model, tokenizer))
         answers = []
         for name in (one, other):
             with self.base() if name is None else self.use(name) as model:

@@ -90,7 +90,7 @@ def check_parity(
         raise UserError("the parity gate has no prompt to ask", remedy="give at least one row")
     travelled = candidate_tokenizer if candidate_tokenizer is not None else tokenizer
     head = Head.of(reference)
-    limit = _limit(reference, tokenizer)
+    limit = limit_of(reference, tokenizer)
     reasons = _tokens_differ(tokenizer, travelled, prompts, limit)
     if head.writes:
         reasons += _stops_missing(candidate, travelled)
@@ -168,7 +168,7 @@ def weigh_merge(
         tokenizer: of all of them.
         prompts: rendered texts.
     """
-    ids = token_ids(tokenizer, prompts, _limit(reference, tokenizer))
+    ids = token_ids(tokenizer, prompts, limit_of(reference, tokenizer))
     ours = [log_probabilities(trained, i) for i in ids]
     others = {
         "merged": [log_probabilities(merged, i) for i in ids],
@@ -209,7 +209,7 @@ def require(report: ParityReport) -> None:
         )
 
 
-def _limit(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def limit_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Up to how many tokens a model that does not write reads texts here; None: it writes, and reads prompts."""
     if Head.of(model).writes:
         return None
