@@ -37,8 +37,8 @@ def luthier(settings: Settings) -> Outcome:
     Returns:
         ``stages``: seconds and peak memory of each, in bytes: this process's, and that of its largest child.
     """
+    from luthier.data.chats import ChatEncoder
     from luthier.data.duplicates import find_copies
-    from luthier.data.encode import Encoder
     from luthier.data.encoded import encode_rows
     from luthier.data.examples import TrainingExample
     from luthier.data.lint import lint
@@ -66,9 +66,9 @@ def luthier(settings: Settings) -> Outcome:
     examples = measured("read", lambda: ExampleStore(rows))
     copies = measured("near copies", lambda: find_copies(examples, near=0.8))
     if settings["lint"]:
-        unlimited = Encoder(Renderer(tokenizer))
+        unlimited = ChatEncoder(Renderer(tokenizer))
         measured("lint", lambda: lint(examples, encoder=unlimited, max_length=settings["max_length"], near=None))
-    encoder = Encoder(Renderer(tokenizer), max_length=settings["max_length"])
+    encoder = ChatEncoder(Renderer(tokenizer), max_length=settings["max_length"])
     encoded = measured("encode", lambda: encode_rows(encoder, examples))
     again = measured("find again", lambda: encode_rows(encoder, examples))
     return {
@@ -139,14 +139,14 @@ def first_rows(settings: Settings) -> Outcome:
     """The first rows of a file by Luthier: ids and which of them are trained."""
     from itertools import islice
 
-    from luthier.data.encode import Encoder
+    from luthier.data.chats import ChatEncoder
     from luthier.data.examples import TrainingExample
     from luthier.data.render import Renderer
     from luthier.data.sources import read_examples
     from luthier.models.loading import load_tokenizer
 
     rows = [r for r in islice(read_examples(settings["file"]), settings["compared"]) if isinstance(r, TrainingExample)]
-    encoded = Encoder(Renderer(load_tokenizer(settings["model"])), max_length=settings["max_length"]).encode(rows)
+    encoded = ChatEncoder(Renderer(load_tokenizer(settings["model"])), max_length=settings["max_length"]).encode(rows)
     return {
         "input_ids": [row.input_ids.tolist() for row in encoded.examples],
         "trained": [row.trained.tolist() for row in encoded.examples],

@@ -17,7 +17,7 @@ def prepare(settings: Settings) -> Outcome:
     Returns:
         the model's ``folder``, ``prefix_tokens``, and ``mean_tokens`` of a row with its prefix.
     """
-    from luthier.data.encode import Encoder
+    from luthier.data.chats import ChatEncoder
     from luthier.data.render import Renderer
     from luthier.models.loading import load_tokenizer
 
@@ -29,7 +29,9 @@ def prepare(settings: Settings) -> Outcome:
     rows = [{"prompt": r[settings["prompt_column"]], "answer": r[settings["response_column"]]} for r in records]
     Path(settings["rows"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folder = model_place(settings["model"])
-    encoder = Encoder(Renderer(load_tokenizer(folder), system=settings["system"]), max_length=settings["max_length"])
+    encoder = ChatEncoder(
+        Renderer(load_tokenizer(folder), system=settings["system"]), max_length=settings["max_length"]
+    )
     encoded = encoder.encode(_examples(rows))
     if encoded.rejects:
         raise SystemExit(f"a row cannot be trained on: {encoded.rejects[0].message}")

@@ -150,10 +150,10 @@ def train_luthier(settings: Settings, examples: list[Any], **more: Any) -> tuple
 def _require_same_rows(rows: list[Row], tokenizer: Any) -> None:
     """Luthier renders and encodes for itself; its ids and labels must be those that TRL was given."""
     from luthier import TrainingExample
-    from luthier.data.encode import Encoder
+    from luthier.data.chats import ChatEncoder
     from luthier.data.render import Renderer
 
-    encoder = Encoder(Renderer(tokenizer))
+    encoder = ChatEncoder(Renderer(tokenizer))
     encoded = encoder.encode([TrainingExample(input=r["prompt"], output=r["answer"]) for r in rows]).examples
     for number, (ours, row) in enumerate(zip(encoded, rows, strict=True), 1):
         labels = [int(i) if t else -100 for i, t in zip(ours.input_ids, ours.trained, strict=True)]

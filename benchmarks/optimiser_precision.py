@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from luthier.data.encode import EncodedExample, Encoder
+from luthier.data.chats import ChatEncoder
+from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
 from luthier.method_options import FullMethod, LoraMethod
@@ -87,7 +88,7 @@ def main() -> None:
     with Path(a.data).open(encoding="utf-8") as stream:
         records = [json.loads(line) for line, _ in zip(stream, range(a.steps * a.batch + 64), strict=False)]
     examples = [TrainingExample(input=r[a.prompt_column], output=r[a.response_column]) for r in records]
-    encoded = Encoder(Renderer(load_tokenizer(a.model))).encode(examples).examples
+    encoded = ChatEncoder(Renderer(load_tokenizer(a.model))).encode(examples).examples
     held_out, rows = encoded[:64], encoded[64:]
     print(
         "| method | precision | held-out loss | last ten training losses | optimiser ms a step |\n|---|---|---|---|---|"

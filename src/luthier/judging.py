@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.data.classes import ClassEncoder, ClassNames
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.encoders import encoder_for
 from luthier.data.examples import Reject, TrainingExample
@@ -164,9 +163,9 @@ def stats_of(subject: Subject, *, sample: int | None = SAMPLE, seed: int = 0) ->
 
 def rows_to_show(
     subject: Subject, *, count: int = 5, places: Sequence[str] = ()
-) -> tuple[list[EncodedExample], list[Reject], ClassNames | None]:
+) -> tuple[list[EncodedExample], list[Reject], Encoder]:
     """The first training rows, or those at the places named, encoded as training would; those it would refuse; and
-    the names of the classes that they are told apart by.
+    their encoder.
 
     Args:
         subject: the file or recipe.
@@ -186,8 +185,7 @@ def rows_to_show(
         refused += [reject] if reject is not None else []
     encoder = subject.encoder(allow_special_tokens=False, limited=True)
     encoded = encoder.encode(chosen)
-    classes = encoder.classes if isinstance(encoder, ClassEncoder) else None
-    return encoded.examples, refused + encoded.rejects, classes
+    return encoded.examples, refused + encoded.rejects, encoder
 
 
 def _row_at(subject: Subject, place: str) -> tuple[TrainingExample | None, Reject | None]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from luthier.data.chats import ChatEncoder
 from luthier.data.columns import Proposal, propose
-from luthier.data.encode import Encoder
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.render import Renderer
 from luthier.data.sources import open_source, read_examples
@@ -83,7 +83,7 @@ def propose_recipe(data: Path, *, model: str, method: str, recipe_dir: Path) -> 
 
 def _lengths(examples: Sequence[TrainingExample], model: str) -> tuple[np.ndarray, int]:
     """Tokens of rows taken evenly over all sizes, and of the longest row."""
-    encoder = Encoder(Renderer(load_tokenizer(model), allow_special_tokens=True))
+    encoder = ChatEncoder(Renderer(load_tokenizer(model), allow_special_tokens=True))
     by_size = np.argsort([len(e.to_causal_lm_format()) for e in examples], kind="stable")
     # Up to some thousands every row is measured; of more, an even sample, and those with the most characters.
     even = by_size[:: max(1, -(-2 * len(by_size) // _MEASURED))] if len(by_size) > _MEASURED else by_size

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from luthier.data.advice import AMOUNTS, FORMULA, fitting_method, verdicts
-from luthier.data.encode import Encoder
+from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Reject, Source, TrainingExample
 from luthier.data.labels import Classes, label_findings
 from luthier.data.lint import _worth_encoding, lint
@@ -217,7 +217,7 @@ def test_leaks_between_the_parts():
 
 
 def test_what_needs_the_tokenizer(tokenizer):
-    encoder = Encoder(Renderer(tokenizer, allow_special_tokens=True))
+    encoder = ChatEncoder(Renderer(tokenizer, allow_special_tokens=True))
     long = row(answer=" ".join(f"{i} and" for i in range(700)) + " that is all.")
     tools = [{"type": "function", "function": {"name": "look"}}]
     findings = found(long, row("say <|endoftext|> now"), row(tools=tools), encoder=encoder, max_length=1_024)
@@ -231,7 +231,7 @@ def test_what_needs_the_tokenizer(tokenizer):
 
 def test_no_long_row_escapes(tokenizer):
     """Rows are measured only where their bytes could be too many tokens: that must never be wrong."""
-    encoder = Encoder(Renderer(tokenizer, allow_special_tokens=True))
+    encoder = ChatEncoder(Renderer(tokenizer, allow_special_tokens=True))
     said = [letter * n for letter in ("a", "é", "龘", "🙂", " x", "0", "\n.") for n in range(1, 300, 23)]
     rows = [TrainingExample("q", text) for text in said] + [TrainingExample(text + ".") for text in said]
     rows += [TrainingExample(messages=row().to_chat_format() * n) for n in range(1, 12)]
@@ -304,7 +304,7 @@ def test_a_hostile_row_is_harmless_in_every_view(tokenizer, tmp_path):
     rows = [*good(30), *[TrainingExample(nasty, f"{nasty} no", label=nasty, source=Source(nasty, 1))] * 2]
     report = lint(rows)
     assert {"duplicates", "html"} <= {f.code for f in report.findings}
-    stats = measure(rows, Encoder(Renderer(tokenizer, allow_special_tokens=True)))
+    stats = measure(rows, ChatEncoder(Renderer(tokenizer, allow_special_tokens=True)))
     html = page(nasty, stats={nasty: stats}, lint=report)
     assert "<script" not in html and "\x00" not in html and "&lt;script&gt;" in html
     write_report(tmp_path / "r.html", nasty, lint=report)
@@ -340,7 +340,7 @@ class Balanced(HTMLParser):
 
 
 def test_the_report_is_one_whole_page(tokenizer):
-    stats = measure(good(40), Encoder(Renderer(tokenizer, allow_special_tokens=True)))
+    stats = measure(good(40), ChatEncoder(Renderer(tokenizer, allow_special_tokens=True)))
     html = page("rows", stats={"train": stats}, lint=lint([*good(20), BAD[0][1], BAD[4][1]]))
     parser = Balanced()
     parser.feed(html)

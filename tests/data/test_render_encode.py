@@ -10,7 +10,7 @@ from hypothesis import example as instance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.encode import Encoder, trained_tokens
+from luthier.data.chats import ChatEncoder, trained_tokens
 from luthier.data.examples import TrainingExample
 from luthier.data.render import PLAIN_TEMPLATE, Renderer, end_of_turn, end_of_turn_ids, prompt_messages, prompt_text
 from luthier.models.loading import load_tokenizer
@@ -59,7 +59,7 @@ def templated(request, tokenizer):
 @pytest.fixture(scope="module")
 def encoder(tokenizer):
     # Word by word is another way, tested elsewhere, which would begin after some hundred rows.
-    return Encoder(Renderer(tokenizer), by_words=False)
+    return ChatEncoder(Renderer(tokenizer), by_words=False)
 
 
 def trained_text(tokenizer, row):
@@ -75,7 +75,7 @@ CHAT = [
 
 
 def test_every_answer_is_trained_with_its_end_and_nothing_else(templated):
-    encoded = Encoder(Renderer(templated)).encode([TrainingExample(messages=CHAT)])
+    encoded = ChatEncoder(Renderer(templated)).encode([TrainingExample(messages=CHAT)])
     assert not encoded.rejects
     end = end_of_turn(templated)
     assert trained_text(templated, encoded.examples[0]).replace(" It", "It").replace(" 是", "是") == (
@@ -86,7 +86,7 @@ def test_every_answer_is_trained_with_its_end_and_nothing_else(templated):
 def test_training_reads_what_serving_reads(templated):
     """The ids before the answer are those of the prompt that serving tokenises."""
     for example in (TrainingExample("What is 2+2?", "It is 4."), TrainingExample(messages=CHAT)):
-        row = Encoder(Renderer(templated)).encode([example]).examples[0]
+        row = ChatEncoder(Renderer(templated)).encode([example]).examples[0]
         prompt = templated(prompt_text(templated, prompt_messages(example)), add_special_tokens=False).input_ids
         last = np.flatnonzero(np.diff(row.trained.astype(int)) == 1)[-1] + 1
         assert row.input_ids[:last].tolist() == prompt
@@ -94,7 +94,7 @@ def test_training_reads_what_serving_reads(templated):
 
 def test_the_whole_is_the_templates_text(templated):
     """One tokenisation: the row's ids are those of the template's own output."""
-    row = Encoder(Renderer(templated)).encode([TrainingExample(messages=CHAT)]).examples[0]
+    row = ChatEncoder(Renderer(templated)).encode([TrainingExample(messages=CHAT)]).examples[0]
     text = templated.apply_chat_template(CHAT, tokenize=False)
     assert row.input_ids.tolist() == templated(text, add_special_tokens=False).input_ids
 
@@ -130,23 +130,23 @@ def test_any_answer_is_trained_as_it_stands(encoder, prompt, answer):
 
 
 def test_a_system_message_is_read_and_not_trained(tokenizer):
-    row = Encoder(Renderer(tokenizer, system="Be terse.")).encode([TrainingExample("2+2?", "4")]).examples[0]
+    row = ChatEncoder(Renderer(tokenizer, system="Be terse.")).encode([TrainingExample("2+2?", "4")]).examples[0]
     assert "Be terse." in tokenizer.decode(row.input_ids) and trained_text(tokenizer, row) == "4<|im_end|>"
     own = [{"role": "system", "content": "Mine."}, *CHAT[:2]]
-    row = Encoder(Renderer(tokenizer, system="Be terse.")).encode([TrainingExample(messages=own)]).examples[0]
+    row = ChatEncoder(Renderer(tokenizer, system="Be terse.")).encode([TrainingExample(messages=own)]).examples[0]
     assert "Mine." in tokenizer.decode(row.input_ids) and "terse" not in tokenizer.decode(row.input_ids)
 
 
 def test_what_is_trained_can_be_chosen(tokenizer):
     example = TrainingExample(messages=CHAT)
-    last = Encoder(Renderer(tokenizer, train_on="last_answer")).encode([example]).examples[0]
+    last = ChatEncoder(Renderer(tokenizer, train_on="last_answer")).encode([example]).examples[0]
     assert trained_text(tokenizer, last) == CHAT[-1]["content"] + "<|im_end|>"
-    every = Encoder(Renderer(tokenizer, train_on="all")).encode([example]).examples[0]
+    every = ChatEncoder(Renderer(tokenizer, train_on="all")).encode([example]).examples[0]
     assert every.trained[1:].all() and not every.trained[0]
 
 
 def test_plain_text_is_trained_whole_and_ends(tokenizer):
-    row = Encoder(Renderer(tokenizer)).encode([TrainingExample("Once upon a time.")]).examples[0]
+    row = ChatEncoder(Renderer(tokenizer)).encode([TrainingExample("Once upon a time.")]).examples[0]
     assert tokenizer.decode(row.input_ids) == "Once upon a time." + tokenizer.eos_token
     assert row.trained.tolist() == [False] + [True] * (len(row) - 1)
 
@@ -163,12 +163,12 @@ def test_tools_and_calls_reach_the_model(tokenizer):
     example = TrainingExample(messages=turns, tools=tools)
     speaking = copy.deepcopy(tokenizer)
     speaking.chat_template = QWEN
-    row = Encoder(Renderer(speaking)).encode([example]).examples[0]
+    row = ChatEncoder(Renderer(speaking)).encode([example]).examples[0]
     text = trained_text(speaking, row)
     assert text.startswith("[call]") and '"Oslo"' in text and text.endswith("[/call]<|im_end|>It is clear.<|im_end|>")
     assert "clear<|im_end|>\n<|im_start|>assistant" in speaking.decode(row.input_ids)
     # SmolLM2's own template would drop tools in silence: the row is refused instead.
-    reject = Encoder(Renderer(tokenizer)).encode([example]).rejects[0]
+    reject = ChatEncoder(Renderer(tokenizer)).encode([example]).rejects[0]
     assert reject.reason == "tools_ignored" and reject.remedy
 
 
@@ -181,7 +181,7 @@ def test_reasoning_that_the_template_drops_is_not_trained(tokenizer):
         {"role": "user", "content": "3+3?"},
         {"role": "assistant", "content": "<think>\nsum\n</think>\n\n6"},
     ]
-    row = Encoder(Renderer(thinking)).encode([TrainingExample(messages=turns)]).examples[0]
+    row = ChatEncoder(Renderer(thinking)).encode([TrainingExample(messages=turns)]).examples[0]
     assert trained_text(thinking, row) == "4<|im_end|><think>\nsum\n</think>\n\n6<|im_end|>"
 
 
@@ -200,7 +200,7 @@ def test_reasoning_that_the_template_drops_is_not_trained(tokenizer):
     ],
 )
 def test_rows_that_would_teach_the_wrong_thing_are_refused(tokenizer, example, reason):
-    encoded = Encoder(Renderer(tokenizer)).encode([TrainingExample("q", "a"), example])
+    encoded = ChatEncoder(Renderer(tokenizer)).encode([TrainingExample("q", "a"), example])
     assert len(encoded.examples) == 1 and [r.reason for r in encoded.rejects] == [reason]
 
 
@@ -208,26 +208,26 @@ def test_a_template_that_refuses_is_a_reject(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = GEMMA
     example = TrainingExample(messages=[{"role": "system", "content": "s"}, *CHAT])
-    reject = Encoder(Renderer(strict)).encode([example]).rejects[0]
+    reject = ChatEncoder(Renderer(strict)).encode([example]).rejects[0]
     assert reject.reason == "template_refuses" and "System role not supported" in reject.message
 
 
 def test_long_rows(tokenizer):
     long = TrainingExample("question", "word " * 50)
-    whole = Encoder(Renderer(tokenizer)).encode([long]).examples[0]
-    refused = Encoder(Renderer(tokenizer), max_length=40).encode([long])
+    whole = ChatEncoder(Renderer(tokenizer)).encode([long]).examples[0]
+    refused = ChatEncoder(Renderer(tokenizer), max_length=40).encode([long])
     assert not refused.examples and refused.rejects[0].reason == "too_long"
     assert str(len(whole)) in refused.rejects[0].message
-    cut = Encoder(Renderer(tokenizer), max_length=40, truncation="cut").encode([long]).examples[0]
+    cut = ChatEncoder(Renderer(tokenizer), max_length=40, truncation="cut").encode([long]).examples[0]
     assert len(cut) == 40 and cut.cut == whole.trained.sum() - cut.trained.sum()
-    gone = Encoder(Renderer(tokenizer), max_length=10, truncation="cut").encode([long])
+    gone = ChatEncoder(Renderer(tokenizer), max_length=10, truncation="cut").encode([long])
     assert gone.rejects[0].reason == "nothing_trained"
 
 
 def test_a_split_text_predicts_every_token_once(tokenizer):
     text = TrainingExample(" ".join(str(i) for i in range(300)))
-    whole = Encoder(Renderer(tokenizer)).encode([text]).examples[0]
-    pieces = Encoder(Renderer(tokenizer), max_length=64, truncation="split").encode([text]).examples
+    whole = ChatEncoder(Renderer(tokenizer)).encode([text]).examples[0]
+    pieces = ChatEncoder(Renderer(tokenizer), max_length=64, truncation="split").encode([text]).examples
     assert len(pieces) > 3 and max(map(len, pieces)) == 64 and {p.index for p in pieces} == {0}
     targets = np.concatenate([p.input_ids[p.trained] for p in pieces])
     assert targets.tolist() == whole.input_ids[whole.trained].tolist()
@@ -248,7 +248,7 @@ def test_a_model_without_a_template_carries_the_plain_one(tiny_model_dir, tmp_pa
     loaded = load_tokenizer(tmp_path)
     assert loaded.chat_template == PLAIN_TEMPLATE
     loaded.save_pretrained(tmp_path / "saved")
-    row = Encoder(Renderer(loaded)).encode([TrainingExample("2+2?", "4")]).examples[0]
+    row = ChatEncoder(Renderer(loaded)).encode([TrainingExample("2+2?", "4")]).examples[0]
     assert loaded.decode(row.input_ids) == "### User:\n2+2?\n\n### Assistant:\n4<|im_end|>\n\n"
     assert trained_text(loaded, row) == "4<|im_end|>"
     from transformers import AutoTokenizer

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.data.encode import Encoder
+from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Source, TrainingExample
 from luthier.data.loader import load_file
 from luthier.data.render import Renderer
@@ -21,8 +21,8 @@ from luthier.data.stats_view import render_stats
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer) -> Encoder:
-    return Encoder(Renderer(tokenizer, allow_special_tokens=True))
+def encoder(tokenizer) -> ChatEncoder:
+    return ChatEncoder(Renderer(tokenizer, allow_special_tokens=True))
 
 
 def rows(count: int) -> list[TrainingExample]:

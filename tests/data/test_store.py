@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data import encoded as encoded_rows
-from luthier.data.encode import Encoder
+from luthier.data.chats import ChatEncoder
 from luthier.data.encoded import EncodedRows, cache_key, encode_rows
 from luthier.data.examples import Source, TaskType, TrainingExample
 from luthier.data.render import Renderer
@@ -97,7 +97,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(cache):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_encoded_rows_are_those_of_memory(tokenizer, processes):
-    encoder = Encoder(Renderer(tokenizer), max_length=100)
+    encoder = ChatEncoder(Renderer(tokenizer), max_length=100)
     many = ExampleStore(EXAMPLES * 400)
     reference = encoder.encode(many)
     found = encode_rows(encoder, many, cache=False, processes=processes)
@@ -116,7 +116,7 @@ def test_encoded_rows_are_those_of_memory(tokenizer, processes):
 
 
 def test_pieces_of_one_text_point_to_it(tokenizer):
-    encoder = Encoder(Renderer(tokenizer), max_length=40, truncation="split")
+    encoder = ChatEncoder(Renderer(tokenizer), max_length=40, truncation="split")
     texts = ExampleStore(
         [TrainingExample("refused <|im_end|>"), TrainingExample("word " * 100), TrainingExample("end")]
     )
@@ -125,29 +125,29 @@ def test_pieces_of_one_text_point_to_it(tokenizer):
 
 
 def test_no_row_at_all(tokenizer):
-    found = encode_rows(Encoder(Renderer(tokenizer)), ExampleStore([]), cache=False)
+    found = encode_rows(ChatEncoder(Renderer(tokenizer)), ExampleStore([]), cache=False)
     assert len(found) == 0 and list(found) == [] and found.rejects == [] and len(found[:3]) == 0
 
 
 def test_a_later_run_finds_them(tokenizer, monkeypatch):
     store = ExampleStore(EXAMPLES)
-    first = encode_rows(Encoder(Renderer(tokenizer)), store)
+    first = encode_rows(ChatEncoder(Renderer(tokenizer)), store)
 
     def write(*_):
         raise AssertionError("encoded again")
 
     with monkeypatch.context() as patch:
         patch.setattr(encoded_rows, "_write", write)
-        again = encode_rows(Encoder(Renderer(copy.deepcopy(tokenizer))), ExampleStore(EXAMPLES))
+        again = encode_rows(ChatEncoder(Renderer(copy.deepcopy(tokenizer))), ExampleStore(EXAMPLES))
         same(again, first)
         assert again.rejects == first.rejects
         with pytest.raises(AssertionError, match="again"):
-            encode_rows(Encoder(Renderer(tokenizer), max_length=9), store)
+            encode_rows(ChatEncoder(Renderer(tokenizer), max_length=9), store)
 
 
 def test_what_the_key_depends_on(tokenizer):
-    key = cache_key(Encoder(Renderer(tokenizer)), EXAMPLES)
-    assert key == cache_key(Encoder(Renderer(copy.deepcopy(tokenizer))), ExampleStore(EXAMPLES))
+    key = cache_key(ChatEncoder(Renderer(tokenizer)), EXAMPLES)
+    assert key == cache_key(ChatEncoder(Renderer(copy.deepcopy(tokenizer))), ExampleStore(EXAMPLES))
     other = copy.deepcopy(tokenizer)
     other.chat_template = str(other.chat_template) + " "
     larger = copy.deepcopy(tokenizer)
@@ -156,21 +156,21 @@ def test_what_the_key_depends_on(tokenizer):
         [*EXAMPLES[:-1], copy.replace(EXAMPLES[-1], source=Source("a.jsonl", 6))] if hasattr(copy, "replace") else []
     )
     encoders = [
-        Encoder(Renderer(other)),
-        Encoder(Renderer(larger)),
-        Encoder(Renderer(tokenizer, system="Be brief.")),
-        Encoder(Renderer(tokenizer, train_on="all")),
-        Encoder(Renderer(tokenizer, allow_special_tokens=True)),
-        Encoder(Renderer(tokenizer), max_length=99),
-        Encoder(Renderer(tokenizer), max_length=99, truncation="cut"),
+        ChatEncoder(Renderer(other)),
+        ChatEncoder(Renderer(larger)),
+        ChatEncoder(Renderer(tokenizer, system="Be brief.")),
+        ChatEncoder(Renderer(tokenizer, train_on="all")),
+        ChatEncoder(Renderer(tokenizer, allow_special_tokens=True)),
+        ChatEncoder(Renderer(tokenizer), max_length=99),
+        ChatEncoder(Renderer(tokenizer), max_length=99, truncation="cut"),
     ]
     keys = {key, *(cache_key(encoder, EXAMPLES) for encoder in encoders)}
-    keys |= {cache_key(Encoder(Renderer(tokenizer)), rows) for rows in (EXAMPLES[1:], EXAMPLES[::-1], moved)}
+    keys |= {cache_key(ChatEncoder(Renderer(tokenizer)), rows) for rows in (EXAMPLES[1:], EXAMPLES[::-1], moved)}
     assert len(keys) == 11
 
 
 def test_a_folder_that_is_not_whole_is_no_find(tokenizer, cache):
-    encoder = Encoder(Renderer(tokenizer), max_length=77)
+    encoder = ChatEncoder(Renderer(tokenizer), max_length=77)
     folder = cache / "encoded" / cache_key(encoder, EXAMPLES)
     folder.mkdir(parents=True)  # as another program might leave it
     (folder / "rows-0.arrow").write_bytes(b"ARROW1")
@@ -178,7 +178,7 @@ def test_a_folder_that_is_not_whole_is_no_find(tokenizer, cache):
 
 
 def test_the_oldest_go_first(tokenizer, cache, monkeypatch):
-    encoder = Encoder(Renderer(tokenizer))
+    encoder = ChatEncoder(Renderer(tokenizer))
     folders = [encode_rows(encoder, ExampleStore(EXAMPLES[:n])).folder for n in (1, 2, 3)]
     size = sum(f.stat().st_size for f in folders[2].iterdir())
     encode_rows(encoder, ExampleStore(EXAMPLES[:1]))  # used again

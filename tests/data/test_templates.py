@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.data.encode import Encoder
+from luthier.data.chats import ChatEncoder
 from luthier.data.examples import TrainingExample
 from luthier.data.loader import load_file
 from luthier.data.render import Renderer, end_of_turn_ids, prompt_messages, prompt_text, template_text
@@ -110,7 +110,7 @@ def encoder(tokenizer, **options):
     """One for all tests: making it reads the whole vocabulary."""
     key = (id(tokenizer), *options.items())
     if key not in _ENCODERS:
-        _ENCODERS[key] = Encoder(Renderer(tokenizer, **options))
+        _ENCODERS[key] = ChatEncoder(Renderer(tokenizer, **options))
     return _ENCODERS[key]
 
 

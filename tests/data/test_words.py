@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from luthier.data.encode import Encoder, WordsDiffer, runs_of, trained_tokens
+from luthier.data.chats import ChatEncoder, trained_tokens
+from luthier.data.encode import WordsDiffer, runs_of
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
 from luthier.data.words import WordTokenizer
@@ -115,19 +116,19 @@ def test_real_rows_are_covered_and_the_same(tokenizer, shared_data, name):
     covered = [words.covers(e.to_causal_lm_format()) for e in examples]
     assert sum(covered) > 0.97 * len(covered)
     renderer = Renderer(tokenizer)
-    fast, plain = (Encoder(renderer, by_words=fast).encode(examples).examples for fast in (True, False))
+    fast, plain = (ChatEncoder(renderer, by_words=fast).encode(examples).examples for fast in (True, False))
     for ours, theirs in zip(fast, plain, strict=True):
         assert np.array_equal(ours.input_ids, theirs.input_ids) and np.array_equal(ours.trained, theirs.trained)
 
 
 def test_words_that_differ_are_noticed_and_no_row_keeps_them(tokenizer):
-    encoder = Encoder(Renderer(tokenizer))
+    encoder = ChatEncoder(Renderer(tokenizer))
     assert encoder._words is not None
     list(encoder.stream([TrainingExample("2 + 2?", "4")] * 600))
     encoder._words._known[" four"] = encoder._words._known[" five"]
     examples = [TrainingExample("Two and two?", f"It is four, {n} times.") for n in range(250)]
     with pytest.raises(WordsDiffer):
         list(encoder.stream(examples))
-    plain = Encoder(Renderer(tokenizer), by_words=False).encode(examples).examples
+    plain = ChatEncoder(Renderer(tokenizer), by_words=False).encode(examples).examples
     again = encoder.encode(examples).examples
     assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(again, plain, strict=True))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from luthier.data.batch import pack
-from luthier.data.encode import EncodedExample, Encoder
+from luthier.data.chats import ChatEncoder
+from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
 from luthier.method_options import LoraMethod
@@ -259,7 +260,7 @@ def test_the_compiled_layers_are_as_exact_as_the_models_own(smollm2_dir, tokeniz
     exact.load_state_dict({name: value.float() for name, value in rounded.state_dict().items()})
     lines = (Path(__file__).parents[2] / "examples/records/train.jsonl").read_text(encoding="utf-8").splitlines()
     made = [TrainingExample(row["prompt"], row["response"]) for row in map(json.loads, lines[:8])]
-    examples = Encoder(Renderer(tokenizer)).encode(made).examples
+    examples = ChatEncoder(Renderer(tokenizer)).encode(made).examples
 
     expected = step(exact, LossFunction(exact), pack(examples))
     function = LossFunction(rounded)
@@ -285,7 +286,7 @@ def test_a_young_adapter_is_not_rounded_away(smollm2_dir, tokenizer):
         pytest.skip(kernels.why_not())
     torch.manual_seed(0)
     text = "The quick brown fox jumps over the lazy dog and runs along the river until the sun goes down."
-    examples = Encoder(Renderer(tokenizer)).encode([TrainingExample("Tell me a story.", text)]).examples
+    examples = ChatEncoder(Renderer(tokenizer)).encode([TrainingExample("Tell me a story.", text)]).examples
     rounded = get_method("lora").wrap(load_model(smollm2_dir, dtype=torch.float32), LoraMethod(lora_dropout=0.0), [])
     rounded = rounded.to(torch.bfloat16)
     function = LossFunction(rounded)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from luthier.data.encode import Encoder
+from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Source, TrainingExample
 from luthier.data.render import Renderer, prompt_text
 from luthier.errors import UserError
@@ -85,7 +85,7 @@ def test_compare_shows_where_the_tuned_model_is_right_and_where_it_is_wrong(base
         for i, (q, a) in enumerate(zip(QUESTIONS, right, strict=True), 1)
     ]
     lone = TrainingExample(messages=[{"role": "assistant", "content": "nobody asked"}], source=Source("t.jsonl", 9))
-    encoded = Encoder(Renderer(tokenizer)).encode(examples).examples
+    encoded = ChatEncoder(Renderer(tokenizer)).encode(examples).examples
     heard: list[tuple[str, int, int]] = []
     comparison = compare(
         [("base", lambda: nullcontext(tiny_model)), ("tuned", lambda: nullcontext(base_model))],
@@ -166,7 +166,7 @@ def test_a_broken_model_is_noted_and_still_makes_valid_json(tokenizer, tiny_mode
         tokenizer,
         rows,
         max_new_tokens=4,
-        encoded=Encoder(Renderer(tokenizer)).encode(rows).examples,
+        encoded=ChatEncoder(Renderer(tokenizer)).encode(rows).examples,
     )
     assert any("tuned: its perplexity is not a finite number" in n for n in comparison.notes)
     assert json.loads(json.dumps(comparison.to_json(), allow_nan=False))["models"]["tuned"]["metrics"]["bleu"] == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from luthier.data.chats import ChatEncoder
 from luthier.data.dataset import prepare
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
@@ -171,7 +172,7 @@ def test_training_on_other_tokens_than_serving_is_found(fresh_tokenizer):
     dataset = prepare(recipe(), fresh_tokenizer, given={"train": rows(20)})
     # What is exported later has another template than the rows were rendered with.
     fresh_tokenizer.chat_template = fresh_tokenizer.chat_template.replace("assistant\n", "assistant \n")
-    dataset.renderer = Renderer(fresh_tokenizer)
+    dataset.encoder = ChatEncoder(Renderer(fresh_tokenizer))
     assert "prompt_ids_differ" in codes(check_conversations(recipe(), dataset))
 
 
@@ -288,9 +289,7 @@ def test_a_whole_preflight_passes_and_prints(tiny_model_dir, tmp_path):
     ours, plain = report.facts["first_loss"].values()
     assert ours == pytest.approx(plain, rel=1e-4)
     console = Console(record=True, width=120, force_terminal=True)
-    console.print(
-        get_task("causal_lm").show(dataset.train.encoded[:2], dataset.tokenizer, None), render_preflight(report)
-    )
+    console.print(get_task("causal_lm").show(dataset.train.encoded[:2], dataset.encoder), render_preflight(report))
     shown = console.export_text(styles=True)
     # The answer and its end-of-turn are on green; the question is not.
     assert "\x1b[30;42mThe sum is 0.\x1b[0m\x1b[1;30;102m<|im_end|>\x1b[0m" in shown

@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from luthier.data.encode import Encoder
+from luthier.data.chats import ChatEncoder
 from luthier.data.loader import DatasetLoader
 from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
@@ -27,7 +27,7 @@ def test_lengths_and_shares(rows, tiny_model_dir, tmp_path):
         )
     )
     proposal = propose_recipe(file, model=str(tiny_model_dir), method="lora", recipe_dir=tmp_path)
-    encoder = Encoder(Renderer(load_tokenizer(str(tiny_model_dir))))
+    encoder = ChatEncoder(Renderer(load_tokenizer(str(tiny_model_dir))))
     lengths = sorted(len(e) for e in encoder.encode(DatasetLoader().load_from_jsonl(file).examples).examples)
     line = next(seen for seen in proposal.seen if "tokens a row" in seen)
     middle, most, longest = (int(n) for n in re.findall(r"\d+ (?=in|at|the)", line))

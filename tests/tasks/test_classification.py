@@ -435,12 +435,12 @@ def test_data_verbs_show_rows_as_the_classifier_reads_them(tiny_encoder_dir, tmp
     )
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     opened = Subject(tmp_path / "recipe.yaml")
-    shown, refused, classes = rows_to_show(opened, count=2)
-    assert not refused and classes == TWO
+    shown, refused, encoder = rows_to_show(opened, count=2)
+    assert not refused and encoder.classes == TWO
     assert [row.input_ids.tolist() for row in shown] == [opened.tokenizer(r.input).input_ids for r in texts(2)]
-    assert row_json(shown[0], opened.tokenizer, classes)["classes"] == ["neg"]
+    assert row_json(shown[0], encoder)["classes"] == ["neg"]
     console = Console(file=io.StringIO(), width=120)
-    console.print(opened.task.show(shown, opened.tokenizer, classes))
+    console.print(opened.task.show(shown, encoder))
     assert "[CLS] the" in console.file.getvalue() and "neg" in console.file.getvalue()
     assert stats_of(opened)["train"].rows == 12 and not lint_of(opened, near=False).errors
 

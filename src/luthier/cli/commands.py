@@ -83,7 +83,7 @@ def check(
     ready = prepare_run(settings)
     if rows:
         shown = ready.dataset.train.encoded[:rows]
-        console.print(ready.task.show(shown, ready.tokenizer, ready.dataset.classes), "")
+        console.print(ready.task.show(shown, ready.dataset.encoder), "")
     for note in ready.dataset.notes:
         console.print(note, highlight=False, markup=False)
     report = ready.check()

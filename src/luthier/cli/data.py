@@ -129,15 +129,13 @@ def preview(
     from luthier.judging import rows_to_show
 
     opened = _subject(subject, overrides, column, model, clean=True)
-    shown, refused, classes = rows_to_show(opened, count=rows, places=row or ())
+    shown, refused, encoder = rows_to_show(opened, count=rows, places=row or ())
     if as_json:
         from dataclasses import asdict
 
-        _print_json(
-            {"rows": [row_json(r, opened.tokenizer, classes) for r in shown], "refused": [asdict(r) for r in refused]}
-        )
+        _print_json({"rows": [row_json(r, encoder) for r in shown], "refused": [asdict(r) for r in refused]})
         return
-    _print(opened.task.show(shown, opened.tokenizer, classes))
+    _print(opened.task.show(shown, encoder))
     for reject in refused:
         _print(f"\nrefused {reject.file}:{reject.line}: {reject.message}", f"\n  to do: {reject.remedy or 'mend it'}")
 

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from luthier.data.encode import EncodedRow, Encoder, reject
+from luthier.data.encode import EncodedExample, EncodedRow, Encoder, reject
 from luthier.data.examples import Reject, TrainingExample
-from luthier.data.render import special_tokens
 from luthier.errors import UserError, shorten
 
 if TYPE_CHECKING:
@@ -104,28 +103,18 @@ class ClassEncoder(Encoder):
         truncation: str = "reject",
         allow_special_tokens: bool = False,
     ) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(
+            tokenizer, max_length=max_length, truncation=truncation, allow_special_tokens=allow_special_tokens
+        )
         self.classes = classes
-        self.max_length = max_length
-        self.truncation = truncation
-        self.allow_special_tokens = allow_special_tokens
-        self.by_words = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """See :attr:`Encoder.settings`."""
-        return {
-            "names": list(self.classes.names),
-            "multi_label": self.classes.multi_label,
-            "max_length": self.max_length,
-            "truncation": self.truncation,
-            "allow_special_tokens": self.allow_special_tokens,
-        }
+        return super().settings | {"names": list(self.classes.names), "multi_label": self.classes.multi_label}
 
     @classmethod
-    def made(
-        cls, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], *, by_words: bool = False
-    ) -> ClassEncoder:
+    def made(cls, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], *, by_words: bool) -> Self:
         """See :meth:`Encoder.made`."""
         rest = {k: v for k, v in settings.items() if k not in ("names", "multi_label")}
         return cls(tokenizer, ClassNames(tuple(settings["names"]), settings["multi_label"]), **rest)
@@ -134,9 +123,9 @@ class ClassEncoder(Encoder):
     def _numbers(self) -> Mapping[str, int]:
         return {name: number for number, name in enumerate(self.classes.names)}
 
-    @cached_property
-    def _special(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")
+    def told(self, row: EncodedExample) -> dict[str, Any]:
+        """See :meth:`Encoder.told`: the names of its classes."""
+        return {"classes": [self.classes.names[number] for number in row.extra]}
 
     def _encode(self, examples: Sequence[TrainingExample], first: int) -> Iterator[EncodedRow | Reject]:
         wrong = [self._wrong(example) for example in examples]
@@ -171,21 +160,8 @@ class ClassEncoder(Encoder):
             return reject(
                 example, "conversation", "a conversation has no one text to classify", "name the text's column"
             )
-        if not example.input.strip():
-            return reject(example, "empty_text", "the text is empty", "give it a text, or take the row out")
-        try:
-            example.input.encode("utf-8")
-        except UnicodeEncodeError as error:
-            message = f"the text has half a character (a lone surrogate) at {error.start:,}"
-            return reject(example, "half_character", message, "mend the text")
-        found = None if self.allow_special_tokens else self._special.search(example.input)
-        if found:
-            return reject(
-                example,
-                "special_token_in_text",
-                f"the text holds the control token {found.group()!r}, which the model would read as control",
-                "remove it from the text, or set data.special_tokens_in_text=allow if it is meant",
-            )
+        if (unreadable := self._unreadable(example, example.input)) is not None:
+            return unreadable
         names = classes_of(example)
         several = self.classes.multi_label
         if not names and not (several and isinstance(example.label, list)):

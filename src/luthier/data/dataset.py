@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.data.chats import ChatEncoder
 from luthier.data.classes import ClassEncoder, ClassNames
 from luthier.data.cleaning import Cleaning
 from luthier.data.duplicates import deduplicated
@@ -90,13 +91,21 @@ class Dataset:
     tokenizer: PreTrainedTokenizerBase
     system: str | None
     """The system message of conversations that have none."""
-    renderer: Renderer | None
-    """None where no chat template renders the rows."""
-    classes: ClassNames | None
-    """What texts are classified as; None where they aren't."""
+    encoder: Encoder
+    """What turned the rows into token ids."""
     files: list[str]
     notes: list[str] = field(default_factory=list)
     """What was done to the rows, a line each."""
+
+    @property
+    def renderer(self) -> Renderer | None:
+        """None where no chat template renders the rows."""
+        return self.encoder.renderer if isinstance(self.encoder, ChatEncoder) else None
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """What texts are classified as; None where they aren't."""
+        return self.encoder.classes if isinstance(self.encoder, ClassEncoder) else None
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:
@@ -159,8 +168,7 @@ def prepare(
         **parts,
         tokenizer=tokenizer,
         system=data.system,
-        renderer=None if isinstance(encoder, ClassEncoder) else encoder.renderer,
-        classes=encoder.classes if isinstance(encoder, ClassEncoder) else None,
+        encoder=encoder,
         files=files,
         notes=notes,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from luthier.data.chats import ChatEncoder
 from luthier.data.classes import ClassEncoder, ClassNames
 from luthier.data.encode import Encoder
 from luthier.data.examples import TrainingExample
@@ -47,4 +48,4 @@ def encoder_for(
             tokenizer, classes, max_length=max_length, truncation=data.truncation, allow_special_tokens=allow
         )
     renderer = Renderer(tokenizer, system=data.system, train_on=data.train_on, allow_special_tokens=allow)
-    return Encoder(renderer, max_length=max_length, truncation=data.truncation)
+    return ChatEncoder(renderer, max_length=max_length, truncation=data.truncation)

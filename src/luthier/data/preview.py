@@ -11,8 +11,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from luthier.data.classes import ClassNames
-from luthier.data.encode import EncodedExample
+from luthier.data.encode import EncodedExample, Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,15 +79,14 @@ def _coloured(row: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> Text:
     return text
 
 
-def row_json(
-    row: EncodedExample, tokenizer: PreTrainedTokenizerBase, classes: ClassNames | None = None
-) -> dict[str, Any]:
-    """A row for JSON, whole; with its classes' names where it is to be classified."""
-    names = {} if classes is None else {"classes": [classes.names[number] for number in row.extra]}
-    return names | {
+def row_json(row: EncodedExample, encoder: Encoder) -> dict[str, Any]:
+    """A row for JSON, whole, with what its encoder says of it beside its tokens."""
+    return encoder.told(row) | {
         "source": str(row.source) if row.source else None,
         "tokens": len(row),
         "trained_tokens": int(row.trained.sum()),
         "cut_tokens": row.cut,
-        "pieces": [{"text": p.text, "trained": p.trained, "special": p.special} for p in pieces(row, tokenizer)],
+        "pieces": [
+            {"text": p.text, "trained": p.trained, "special": p.special} for p in pieces(row, encoder.tokenizer)
+        ],
     }

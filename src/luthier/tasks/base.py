@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from luthier.data.classes import ClassNames
 from luthier.data.dataset import Dataset, Part
-from luthier.data.encode import EncodedExample
+from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TaskType
 from luthier.data.findings import Finding
 from luthier.models.heads import Head
@@ -79,9 +78,7 @@ class Task:
         """What the pre-flight finds in the rows."""
         raise NotImplementedError
 
-    def show(
-        self, rows: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase, classes: ClassNames | None
-    ) -> RenderableType:
+    def show(self, rows: Sequence[EncodedExample], encoder: Encoder) -> RenderableType:
         """Rows as the model reads them, with what it is to learn of them."""
         raise NotImplementedError
 

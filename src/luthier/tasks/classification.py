@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.classes import ClassNames, classes_of
+from luthier.data.classes import classes_of
 from luthier.data.dataset import Dataset
-from luthier.data.encode import EncodedExample
+from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TaskType
 from luthier.data.findings import Finding, places
 from luthier.errors import UserError
@@ -25,7 +25,6 @@ from luthier.training.runlog import write_json
 if TYPE_CHECKING:
     import torch
     from rich.console import Console, RenderableType
-    from transformers import PreTrainedTokenizerBase
 
 # Above this share of unknown tokens, a vocabulary is not made for the rows' language.
 _UNKNOWN = 0.02
@@ -62,18 +61,15 @@ class Classification(Task):
         """See :meth:`Task.findings`."""
         return [*check_rows(recipe, dataset), *_unknown(dataset), *_cut(dataset), *_absent(dataset)]
 
-    def show(
-        self, rows: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase, classes: ClassNames | None
-    ) -> RenderableType:
+    def show(self, rows: Sequence[EncodedExample], encoder: Encoder) -> RenderableType:
         """See :meth:`Task.show`."""
         from rich.table import Table
         from rich.text import Text
 
-        assert classes is not None
         table = Table("class", "text as the model reads it", box=None, pad_edge=False, header_style="dim")
         for row in rows:
-            names = ", ".join(classes.names[number] for number in row.extra)
-            text = str(tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False))
+            names = ", ".join(encoder.told(row)["classes"])
+            text = str(encoder.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False))
             shown = text if len(text) <= 400 else f"{text[:300]} … {text[-80:]}"
             table.add_row(Text(names or "(none)", style="black on green"), Text(shown))
         return table

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.classes import ClassNames
 from luthier.data.dataset import Dataset
-from luthier.data.encode import EncodedExample
+from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TaskType
 from luthier.data.findings import Finding
 from luthier.data.preview import render_encoded
@@ -47,11 +46,9 @@ class Causal(Task):
         """See :meth:`Task.findings`."""
         return check_conversations(recipe, dataset)
 
-    def show(
-        self, rows: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase, classes: ClassNames | None
-    ) -> RenderableType:
+    def show(self, rows: Sequence[EncodedExample], encoder: Encoder) -> RenderableType:
         """See :meth:`Task.show`: trained tokens on green, context dim, a long middle left out."""
-        return render_encoded(rows, tokenizer)
+        return render_encoded(rows, encoder.tokenizer)
 
     def judge(
         self, recipe: Recipe, dataset: Dataset, models: Models, target: Path, console: Console
