@@ -40,7 +40,29 @@ class ClassificationTask(Section):
         return self
 
 
-Task = Annotated[CausalTask | InstructionTask | ClassificationTask, Field(discriminator="name")]
+class MaskedTask(Section):
+    """Texts with some words hidden, which an encoder fills in."""
+
+    name: Literal["masked_lm"] = "masked_lm"
+    """Learns to fill in hidden words, as BERT did: how an encoder takes in the language of a field."""
+    mlm_probability: float = Field(0.15, gt=0, lt=1)
+    """How likely a word is hidden; at least one a text is."""
+    whole_word_mask: bool = True
+    """Hide all tokens of a word together (Chinese words are found by jieba); false: each token on its own."""
+    mask_replace_prob: float = Field(0.8, ge=0, le=1)
+    """Share of the hidden tokens that the mask token stands for."""
+    random_replace_prob: float = Field(0.1, ge=0, le=1)
+    """Share of the hidden tokens that another token stands for, drawn from the vocabulary; the others stay as they
+    are."""
+
+    @model_validator(mode="after")
+    def _one_fate_each(self) -> MaskedTask:
+        if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
+            raise ValueError("mask_replace_prob and random_replace_prob add up to more than 1")
+        return self
+
+
+Task = Annotated[CausalTask | InstructionTask | ClassificationTask | MaskedTask, Field(discriminator="name")]
 TASKS_BY_NAME: dict[str, type[Section]] = {
     kind.model_fields["name"].default: kind for kind in get_args(get_args(Task)[0])
 }

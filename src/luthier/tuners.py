@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Names that Hugging Face's trainers and PEFT use for what a recipe calls otherwise.
 _ALIASES = {"lora_r": "r", "max_seq_length": "max_length", "torch_dtype": "dtype"}
-_NO_WRITING = {TaskType.CLASSIFICATION}
+_NO_WRITING = {TaskType.CLASSIFICATION, TaskType.MASKED_LM}
 _NOT_ARGUMENTS = {"train", "validation", "test", "columns", "split", "name"}
 
 
@@ -175,8 +175,8 @@ class LoRATuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
-            are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
+            where all rows are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -190,8 +190,8 @@ class QLoRATuner(LoRATuner):
 
     Args:
         model_name: an embedded model's name, a local folder or a hub id.
-        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
-            are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
+            where all rows are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -216,8 +216,8 @@ class PromptTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
-            are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
+            where all rows are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -229,8 +229,8 @@ class PTuningTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
-            are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
+            where all rows are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -242,8 +242,8 @@ class PrefixTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
-            are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
+            where all rows are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -255,8 +255,8 @@ class FullFineTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
-            are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
+            where all rows are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -268,8 +268,8 @@ class AdapterTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction or classification; None: classification where all rows
-            are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
+            where all rows are of that ``task_type``, else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 

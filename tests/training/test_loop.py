@@ -152,9 +152,9 @@ def test_batches_are_made_in_a_thread_one_step_ahead(bench, tmp_path):
     trainer = bench.trainer(tmp_path, bench.recipe("lora", max_steps=3))
     makers = []
 
-    def make(examples):
+    def make(examples, *, draw):
         makers.append(threading.current_thread().name)
-        return trainer.loss_function.batch(examples)
+        return trainer.loss_function.batch(examples, draw=draw)
 
     source = StepInput(make, trainer.train_rows, trainer.order, 0, steps=3, ahead=True, pin=False)
     for step in range(3):
@@ -169,11 +169,11 @@ def test_a_batch_that_cannot_be_made_ahead_stops_the_run(bench, tmp_path):
     trainer = bench.trainer(tmp_path, bench.recipe("lora", max_steps=4))
     make, count = trainer.loss_function.batch, []
 
-    def fail_later(examples):
+    def fail_later(examples, *, draw):
         count.append(1)
         if len(count) == 3:
             raise RuntimeError("this row is broken")
-        return make(examples)
+        return make(examples, draw=draw)
 
     trainer.input = StepInput(fail_later, trainer.train_rows, trainer.order, 0, steps=4, ahead=True, pin=False)
     with pytest.raises(RuntimeError, match="this row is broken"):

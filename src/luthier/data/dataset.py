@@ -19,6 +19,7 @@ from luthier.data.encoded import encode_rows, lengths_of, trained_of
 from luthier.data.encoders import encoder_for
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.leakage import decontaminated
+from luthier.data.masked import MaskEncoder, Masking
 from luthier.data.mixing import mix
 from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
@@ -106,6 +107,11 @@ class Dataset:
     def classes(self) -> ClassNames | None:
         """What texts are classified as; None where they aren't."""
         return self.encoder.classes if isinstance(self.encoder, ClassEncoder) else None
+
+    @property
+    def masking(self) -> Masking | None:
+        """How words are hidden; None where none are."""
+        return self.encoder.masking if isinstance(self.encoder, MaskEncoder) else None
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:

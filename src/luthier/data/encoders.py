@@ -9,9 +9,10 @@ from luthier.data.chats import ChatEncoder
 from luthier.data.classes import ClassEncoder, ClassNames
 from luthier.data.encode import Encoder
 from luthier.data.examples import TrainingExample
+from luthier.data.masked import MaskEncoder, Masking
 from luthier.data.render import Renderer
 from luthier.recipe import Recipe
-from luthier.task_options import ClassificationTask
+from luthier.task_options import ClassificationTask, MaskedTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,15 @@ def encoder_for(
         classes = classes or ClassNames.of(training, labels=task.labels, multi_label=several)
         return ClassEncoder(
             tokenizer, classes, max_length=max_length, truncation=data.truncation, allow_special_tokens=allow
+        )
+    if isinstance(task, MaskedTask):
+        return MaskEncoder(
+            tokenizer,
+            whole_word_mask=task.whole_word_mask,
+            masking=Masking.of(tokenizer, task, recipe.seed),
+            max_length=max_length,
+            truncation=data.truncation,
+            allow_special_tokens=allow,
         )
     renderer = Renderer(tokenizer, system=data.system, train_on=data.train_on, allow_special_tokens=allow)
     return ChatEncoder(renderer, max_length=max_length, truncation=data.truncation)

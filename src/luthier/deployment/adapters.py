@@ -22,7 +22,7 @@ from luthier.deployment.parity import (
     token_ids,
 )
 from luthier.errors import UserError
-from luthier.methods.base import TuningMethod, load_peft, peft_warnings_apart
+from luthier.methods.base import TuningMethod, load_peft, peft_warnings_apart, tie_copies
 from luthier.methods.combination import Combination, CombinationType, add_combined, require_combinable
 from luthier.methods.saved import AdapterFolder, load_saved, put_record
 from luthier.models.fingerprint import fingerprint
@@ -311,6 +311,7 @@ class AdapterSet:
         active = str(self.model.active_adapter)
         with adapter.fitting(), peft_warnings_apart():
             self.model.load_adapter(str(adapter.folder), adapter_name=name, autocast_adapter_dtype=False)
+        tie_copies(self.model)
         self.model.set_adapter(active, inference_mode=True)
         self._members[name] = self._member(adapter)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,13 @@ import torch
 
 from luthier.data.classes import ClassNames
 from luthier.data.encode import EncodedExample
-from luthier.evaluation.state import measuring
+from luthier.evaluation.state import by_length, measuring
 from luthier.training.class_loss import ClassLoss
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MAJORITY = "majority"
-# Tokens of one forward pass, padding among them.
-_TOKENS = 4096
 
 
 @dataclass(slots=True)
@@ -180,7 +178,7 @@ def classify(
         loss = ClassLoss(
             model, classes=len(classes), multi_label=classes.multi_label, batching="padded", pad_token_id=pad_token_id
         )
-        for numbers in _by_length(rows):
+        for numbers in by_length(rows):
             batch = loss.batch([rows[number] for number in numbers]).to(device)
             scores = loss.logits(batch).double()
             total += float(loss(batch))
@@ -247,15 +245,3 @@ def _majority(training: Sequence[tuple[int, ...]], classes: ClassNames, rows: in
     """The class, or the very set of classes, that most training rows have, for every row."""
     most = Counter(training).most_common(1)
     return _table([most[0][0] if most else ()] * rows, len(classes))
-
-
-def _by_length(rows: Sequence[EncodedExample]) -> Iterator[list[int]]:
-    """Numbers of rows of like length together, as many as fit ``_TOKENS`` with padding, one at least."""
-    taken: list[int] = []
-    for number in sorted(range(len(rows)), key=lambda n: len(rows[n])):
-        if taken and len(rows[number]) * (len(taken) + 1) > _TOKENS:
-            yield taken
-            taken = []
-        taken.append(number)
-    if taken:
-        yield taken

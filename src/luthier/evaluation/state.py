@@ -1,11 +1,16 @@
-"""A model borrowed for measuring and given back as it was."""
+"""A model borrowed for measuring and given back as it was, and the rows it is given at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
+from luthier.data.encode import EncodedExample
+
+# Tokens of one forward pass, padding among them.
+_TOKENS = 4096
 
 
 @contextmanager
@@ -29,3 +34,15 @@ def measuring(model: torch.nn.Module, attention: str | None = None) -> Iterator[
             model.set_attn_implementation(native)  # type: ignore[operator]
         for module in training:
             module.training = True
+
+
+def by_length(rows: Sequence[EncodedExample]) -> Iterator[list[int]]:
+    """Numbers of rows of like length together, as many as fit ``_TOKENS`` with padding, one at least."""
+    taken: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda n: len(rows[n])):
+        if taken and len(rows[number]) * (len(taken) + 1) > _TOKENS:
+            yield taken
+            taken = []
+        taken.append(number)
+    if taken:
+        yield taken

@@ -13,7 +13,7 @@ import torch
 
 from luthier.data.examples import TaskType
 from luthier.errors import UserError
-from luthier.models.heads import fresh_modules
+from luthier.models.heads import fresh_modules, shared_parameters
 from luthier.models.quantized import count
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ def load_peft(base: PreTrainedModel, folder: Path, adapter_name: str = "default"
     from peft import PeftModel
 
     with peft_warnings_apart():
-        return PeftModel.from_pretrained(base, str(folder), adapter_name, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(base, str(folder), adapter_name, autocast_adapter_dtype=False)
+    tie_copies(model)
+    return model
 
 
 # PEFT's names of what a model learns.
@@ -214,11 +216,29 @@ def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str, *, where: 
         # What is added takes the weights' dtype: a bfloat16 product beside a bfloat16 product costs no casts. The
         # optimiser keeps it in float32 (training.optimiser), where small updates survive.
         with peft_warnings_apart():
-            return get_peft_model(model, config, autocast_adapter_dtype=False)
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{method} does not fit this model: {str(error).splitlines()[0]}", where=where, remedy=remedy
         ) from None
+    tie_copies(wrapped)
+    return wrapped
+
+
+def tie_copies(model: Any) -> None:
+    """Tie again what PEFT has parted: it trains a copy of a new head, and copies what the head shares with the rest of
+    the model, which is the base's and stays as it is."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    base = model.get_base_model()
+    for head in fresh_modules(base):
+        wrapper = base.get_submodule(head)
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for name, parameter in shared_parameters(base, wrapper).items():
+            where, _, own = name.removeprefix("original_module.").rpartition(".")
+            for copy in wrapper.modules_to_save.values():
+                setattr(copy.get_submodule(where), own, parameter)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from rapidfuzz import process
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import UserError
+from luthier.models.heads import shared_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +35,10 @@ _ATTENTION = (
     "self_attn.dense",
     "attention.dense",
     "attention.output.dense",
+    "attention.out_lin",
+    "attn.Wo",
 )
-_MLP = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "output.dense")
+_MLP = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "output.dense", "ffn.lin2", "mlp.Wo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,10 @@ class BottleneckModel(torch.nn.Module):
             parent, _, own = name.rpartition(".")
             setattr(known[parent], own, BottleneckLayer(known[name], config))
         for name in config.modules_to_save:
-            known[name].requires_grad_(True)
+            # What the head shares with the rest of the model is the base's, and stays as it is.
+            shared = shared_parameters(base, known[name])
+            for own, parameter in known[name].named_parameters():
+                parameter.requires_grad_(own not in shared)
         self.base_model = base
         self.bottleneck_config = config
 

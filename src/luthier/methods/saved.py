@@ -61,7 +61,7 @@ class SavedModel:
             return
         if self.base_name is None:
             raise UserError("this folder does not say which model it was tuned from", remedy="name the run's folder")
-        yield load_model(self.base_name, dtype=self.model.dtype)
+        yield load_model(self.base_name, dtype=self.model.dtype, head=self.head)
 
 
 def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedModel:

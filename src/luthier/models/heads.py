@@ -1,4 +1,4 @@
-"""What stands on a model's body: the head that writes, or one that gives each class a score."""
+"""What stands on a model's body: the head that writes, one that fills in words, or one that gives classes scores."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class Head:
             architecture: the name of the model's class; None: the one in the config.
         """
         name = architecture or next(iter(getattr(config, "architectures", None) or ()), "")
+        if name.endswith("ForMaskedLM"):
+            return cls(TaskType.MASKED_LM)
         if not name.endswith("ForSequenceClassification"):
             return cls()
         names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
@@ -84,6 +86,7 @@ _LOADERS = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
     TaskType.INSTRUCTION: "AutoModelForCausalLM",
     TaskType.CLASSIFICATION: "AutoModelForSequenceClassification",
+    TaskType.MASKED_LM: "AutoModelForMaskedLM",
 }
 
 
@@ -97,6 +100,15 @@ def fresh_modules(model: Any) -> Sequence[str]:
 
 
 def modules_of(model: nn.Module, parameters: Sequence[str]) -> list[str]:
-    """The smallest modules that hold these parameters, each once, sorted."""
+    """The modules that hold these parameters themselves, but for those that lie in another of them; sorted."""
     known = {name for name, _ in model.named_modules()}
-    return sorted({name.rpartition(".")[0] for name in parameters if name.rpartition(".")[0] in known})
+    found = {name.rpartition(".")[0] for name in parameters if name.rpartition(".")[0] in known}
+    return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
+
+
+def shared_parameters(model: nn.Module, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that stand elsewhere in the model as well, by their names in the module: a head's
+    output matrix that is the input embeddings."""
+    inside = set(module.modules())
+    others = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in others}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.data.examples import TaskType
 from luthier.data.render import PLAIN_TEMPLATE, end_of_turn_ids
 from luthier.errors import UserError
 from luthier.models.catalogue import CATALOGUE, embedded_model_folder
@@ -148,6 +149,8 @@ def load_model(
         )
     if head is None:
         head = Head.of_config(load_config(name, revision=revision))
+    elif head.task is TaskType.MASKED_LM:
+        _require_masked(name, load_config(name, revision=revision))
     if quantization is not None:
         return _quantized(name, place, options, dtype, revision, quantization, head)
     if "gguf_file" in options:
@@ -170,6 +173,23 @@ def load_model(
         # An adapter's config names its base by this: an absolute path is found from any working folder.
         model.name_or_path = str(Path(place).resolve())
     return model.eval()
+
+
+def _require_masked(name: str | Path, config: Any) -> None:
+    """Refuse a model that reads from one side alone, or whose head does not predict each token at its own place.
+
+    Raises:
+        UserError: it does.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as NAMES
+
+    kind = str(config.model_type)
+    if not str(NAMES.get(kind, "")).endswith("ForMaskedLM"):
+        raise UserError(
+            f"model {str(name)!r} is no encoder that fills in words ({kind})",
+            where="model.name",
+            remedy="name a BERT, RoBERTa or another encoder, or use task=causal_lm",
+        )
 
 
 def _fresh(name: str | Path, model: PreTrainedModel, head: Head, parameters: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from luthier.data.encode import EncodedExample
+from luthier.data.examples import TaskType
 from luthier.models.heads import Head
 
 
@@ -100,11 +101,15 @@ def cache_name(model: Any) -> str:
 def own_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """``[B, L, V]`` logits of ``[B, L]`` ids by the model's own forward, without those of virtual positions.
 
-    A classifier's are ``[B, 1, C]``; where a text can be of several classes, ``[B, C, 2]``, each with its opposite.
+    A masked language model's are those of each place itself. A classifier's are ``[B, 1, C]``; where a text can be of
+    several classes, ``[B, C, 2]``, each with its opposite.
     """
     head = Head.of(model)
     if head.classes is not None:
         scores: torch.Tensor = model(input_ids=ids).logits
         return torch.stack([scores, torch.zeros_like(scores)], -1) if head.classes.multi_label else scores[:, None]
+    if head.task is TaskType.MASKED_LM:
+        filled: torch.Tensor = model(input_ids=ids).logits
+        return filled
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits[:, -ids.shape[1] :]

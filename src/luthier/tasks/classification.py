@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from luthier.data.classes import classes_of
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TaskType
-from luthier.data.findings import Finding, places
+from luthier.data.findings import Finding
 from luthier.errors import UserError
 from luthier.evaluation.classification import ClassComparison, compare_classifiers
 from luthier.models.heads import Head
 from luthier.recipe import Recipe
 from luthier.tasks.base import Models, Task, asked_part, register
+from luthier.tasks.text_checks import texts_cut, unknown_tokens
 from luthier.training.class_loss import ClassLoss
 from luthier.training.preflight.data_checks import check_rows
 from luthier.training.runlog import write_json
@@ -25,9 +24,6 @@ from luthier.training.runlog import write_json
 if TYPE_CHECKING:
     import torch
     from rich.console import Console, RenderableType
-
-# Above this share of unknown tokens, a vocabulary is not made for the rows' language.
-_UNKNOWN = 0.02
 
 
 @register
@@ -59,7 +55,7 @@ class Classification(Task):
 
     def findings(self, recipe: Recipe, dataset: Dataset) -> list[Finding]:
         """See :meth:`Task.findings`."""
-        return [*check_rows(recipe, dataset), *_unknown(dataset), *_cut(dataset), *_absent(dataset)]
+        return [*check_rows(recipe, dataset), *unknown_tokens(dataset), *texts_cut(dataset), *_absent(dataset)]
 
     def show(self, rows: Sequence[EncodedExample], encoder: Encoder) -> RenderableType:
         """See :meth:`Task.show`."""
@@ -105,49 +101,6 @@ class Classification(Task):
         if kind == "adapter":
             lines.append(f"luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged")
         return [*lines, f"luthier evaluate {folder} --data FILE" + "  judge it on other rows"]
-
-
-def _unknown(dataset: Dataset) -> list[Finding]:
-    """Texts in characters that the vocabulary has no token for."""
-    unknown = dataset.tokenizer.unk_token_id
-    rows = dataset.train.encoded[:2_000]
-    if unknown is None or not rows:
-        return []
-    counts = np.array([int((row.input_ids == unknown).sum()) for row in rows])
-    share = counts.sum() / max(1, sum(map(len, rows)))
-    if share < _UNKNOWN:
-        return []
-    return [
-        Finding(
-            "unknown_tokens",
-            "warning",
-            f"{share:.0%} of the texts' tokens are unknown to the vocabulary, so the model reads none of what they say",
-            "name a model that was trained on texts of this language in model.name",
-            int((counts > 0).sum()),
-            places(row.source for row, count in zip(rows, counts, strict=True) if count),
-            share=float(share),
-        )
-    ]
-
-
-def _cut(dataset: Dataset) -> list[Finding]:
-    """Texts of which the beginning alone is read."""
-    found = []
-    for part in dataset.parts:
-        cut = [row for row in part.encoded if row.cut]
-        if cut:
-            found.append(
-                Finding(
-                    "text_cut",
-                    "warning",
-                    f"{part.name}: of {len(cut):,} texts the model reads the beginning alone; "
-                    f"{sum(row.cut for row in cut):,} tokens are left out (data.truncation=cut)",
-                    "raise data.max_length if the model takes more",
-                    len(cut),
-                    places(row.source for row in cut),
-                )
-            )
-    return found
 
 
 def _absent(dataset: Dataset) -> list[Finding]:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from luthier.data.batch import Batch, Order
 from luthier.data.encode import EncodedExample
+
+
+class MakeBatch(Protocol):
+    """:meth:`LossFunction.batch`."""
+
+    def __call__(self, examples: list[EncodedExample], *, draw: int) -> Batch: ...
 
 
 class StepInput:
     """Makes the batches of a process's steps, in the order's order.
 
     A GPU waits for nothing then: while it computes a step, a thread makes the next one's batches, in page-locked
-    memory, from where they are copied while it computes. Making a batch draws no random numbers, so that those of a
-    step are the same either way. On a CPU a thread would take time from the products.
+    memory, from where they are copied while it computes. What a batch draws at random follows from the step's number
+    and the rows, and from no generator's state, so that a step is the same either way. On a CPU a thread would take
+    time from the products.
 
     Args:
-        make: examples to a batch.
+        make: examples to a batch, with the number of the step, from 1, as ``draw``.
         rows: all rows.
         order: which rows each step takes.
         process: this process's number.
@@ -28,7 +36,7 @@ class StepInput:
 
     def __init__(
         self,
-        make: Callable[[list[EncodedExample]], Batch],
+        make: MakeBatch,
         rows: Sequence[EncodedExample],
         order: Order,
         process: int,
@@ -51,12 +59,12 @@ class StepInput:
         if self._next is not None and self._next[0] == step:
             batches = self._next[1].result()
         else:
-            batches = self._make(self._order.step(step, self._process))
+            batches = self._make(self._order.step(step, self._process), step)
         self._next = None
         if self._thread is not None and step + 1 < self._steps:
             # The order keeps its epoch's permutation and is asked here alone, not in the thread.
             rows = self._order.step(step + 1, self._process)
-            self._next = (step + 1, self._thread.submit(self._make, rows))
+            self._next = (step + 1, self._thread.submit(self._make, rows, step + 1))
         return batches
 
     def close(self) -> None:
@@ -65,6 +73,6 @@ class StepInput:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, passes: list[list[int]]) -> list[Batch]:
-        batches = [self._make_batch([self._rows[i] for i in indices]) for indices in passes]
+    def _make(self, passes: list[list[int]], step: int) -> list[Batch]:
+        batches = [self._make_batch([self._rows[i] for i in indices], draw=step + 1) for indices in passes]
         return [batch.pinned() for batch in batches] if self._pin else batches

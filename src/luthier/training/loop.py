@@ -395,6 +395,7 @@ class Trainer:
         return {
             **{f"training.{k}": v for k, v in settings.items()},
             **{f"method.{k}": v for k, v in self.recipe.method.model_dump().items()},
+            **{f"task.{k}": v for k, v in self.recipe.task.model_dump(exclude={"name"}).items()},
             "model.name": Path(self.recipe.model.name).name,
             "seed": self.recipe.seed,
             "data.shuffle": self.recipe.data.shuffle,

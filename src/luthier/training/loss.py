@@ -191,8 +191,14 @@ class LossFunction:
             except NotFused as why:
                 self.fused_reason = str(why)
 
-    def batch(self, examples: list[EncodedExample]) -> Batch:
-        """The examples as one batch of the form this model takes."""
+    def batch(self, examples: list[EncodedExample], *, draw: int = 0) -> Batch:
+        """The examples as one batch of the form this model takes.
+
+        Args:
+            examples: at least one.
+            draw: for a loss that draws random numbers for each row, which draw it is: a step's number, from 1; 0
+                where the same rows must always be the same batch, as in validation.
+        """
         rows = self.virtual.before(examples)
         batch = self._pack(rows, share=self.share_prefix) if self.packed else self._pad(rows)
         batch.tokens = sum(map(len, examples))
