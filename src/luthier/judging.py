@@ -130,7 +130,7 @@ class Subject:
             self.recipe,
             self.tokenizer,
             self.train.examples,
-            max_length=self.recipe.data.max_length if limited else None,
+            limited=limited,
             allow_special_tokens=allow_special_tokens,
         )
 

@@ -130,10 +130,12 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
             remedy="leave DeepSpeed out of the Accelerate configuration, or use method.name=lora",
         )
     spec = recipe.model
+    config = load_config(spec.name, revision=spec.revision)
+    task.check_model(config, spec.name)
     tokenizer = load_tokenizer(spec.name, revision=spec.revision, chat_template=spec.chat_template, chats=task.writes)
     pieces = extend(tokenizer, spec.added_tokens)
     # What the model is loaded with may depend on the rows: a classifier's head on their classes.
-    context = context_of(load_config(spec.name, revision=spec.revision), tokenizer)
+    context = context_of(config, tokenizer)
     if context is not None:
         context -= method.virtual_tokens(recipe.method)
     # The others find encoded rows, and what a model has answered to augmenters, on disk.

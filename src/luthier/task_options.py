@@ -62,7 +62,25 @@ class MaskedTask(Section):
         return self
 
 
-Task = Annotated[CausalTask | InstructionTask | ClassificationTask | MaskedTask, Field(discriminator="name")]
+class SeqToSeqTask(Section):
+    """Texts and the texts to make of them, for models that have an encoder and a decoder (T5, BART, NLLB)."""
+
+    name: Literal["seq_to_seq"] = "seq_to_seq"
+    """Learns to write a target for each source."""
+    max_target_length: int = Field(512, ge=2)
+    """Longest target, in tokens; `data.max_length` is the longest source. `data.truncation` says what becomes of longer
+    ones."""
+    source_prefix: str = ""
+    """Put before every source, for models that are told so what to do, for example "summarize: "."""
+    src_lang: str | None = None
+    """Language of the sources, as the tokenizer names it (en_XX, eng_Latn); empty: the tokenizer's own."""
+    tgt_lang: str | None = None
+    """Language of the targets, likewise."""
+
+
+Task = Annotated[
+    CausalTask | InstructionTask | ClassificationTask | MaskedTask | SeqToSeqTask, Field(discriminator="name")
+]
 TASKS_BY_NAME: dict[str, type[Section]] = {
     kind.model_fields["name"].default: kind for kind in get_args(get_args(Task)[0])
 }

@@ -95,7 +95,7 @@ class _Tuner:
             given["validation"] = _listed(val_examples, "val_examples")
         if test_examples is not None:
             given["test"] = _listed(test_examples, "test_examples")
-        recipe = self._recipe(str(output_dir), training_args, self._task or _task_of(given["train"]))
+        recipe = self._recipe(str(output_dir), training_args, self._task or self._task_of(given["train"]))
         recipe.evaluation.enabled = test_examples is not None
         console = Console(quiet=quiet)
         self._result = run(
@@ -137,6 +137,19 @@ class _Tuner:
             raise UserError("this tuner has not trained yet", remedy="call train() first")
         return self._result
 
+    def _task_of(self, rows: list[TrainingExample]) -> str:
+        """The task that all rows are meant for, where a model that writes would learn something else of them.
+
+        A decoder learns to write an output after its input; that they are pairs matters to an encoder-decoder alone.
+        """
+        kinds = {row.task_type for row in rows}
+        if kinds == {TaskType.SEQ_TO_SEQ}:
+            from luthier.models.loading import load_config
+
+            config = load_config(self.model_name, revision=self._model_options.get("revision"))
+            return "seq_to_seq" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+        return str(next(iter(kinds))) if len(kinds) == 1 and kinds <= _NO_WRITING else "causal_lm"
+
     def _recipe(self, output_dir: str, arguments: Mapping[str, Any], task: str = "causal_lm") -> Recipe:
         sections: dict[str, type[Section]] = {
             "training": TrainingSection,
@@ -175,8 +188,8 @@ class LoRATuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
-            where all rows are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification, masked_lm or seq_to_seq; None: which of the
+            last three the ``task_type`` of all rows names (seq_to_seq: where the model has an encoder), else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -190,8 +203,8 @@ class QLoRATuner(LoRATuner):
 
     Args:
         model_name: an embedded model's name, a local folder or a hub id.
-        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
-            where all rows are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification, masked_lm or seq_to_seq; None: which of the
+            last three the ``task_type`` of all rows names (seq_to_seq: where the model has an encoder), else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -216,8 +229,8 @@ class PromptTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
-            where all rows are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification, masked_lm or seq_to_seq; None: which of the
+            last three the ``task_type`` of all rows names (seq_to_seq: where the model has an encoder), else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -229,8 +242,8 @@ class PTuningTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
-            where all rows are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification, masked_lm or seq_to_seq; None: which of the
+            last three the ``task_type`` of all rows names (seq_to_seq: where the model has an encoder), else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -242,8 +255,8 @@ class PrefixTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
-            where all rows are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification, masked_lm or seq_to_seq; None: which of the
+            last three the ``task_type`` of all rows names (seq_to_seq: where the model has an encoder), else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -255,8 +268,8 @@ class FullFineTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
-            where all rows are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification, masked_lm or seq_to_seq; None: which of the
+            last three the ``task_type`` of all rows names (seq_to_seq: where the model has an encoder), else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -268,8 +281,8 @@ class AdapterTuner(_Tuner):
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.
-        task: what the model learns: causal_lm, instruction, classification or masked_lm; None: one of the last two
-            where all rows are of that ``task_type``, else causal_lm.
+        task: what the model learns: causal_lm, instruction, classification, masked_lm or seq_to_seq; None: which of the
+            last three the ``task_type`` of all rows names (seq_to_seq: where the model has an encoder), else causal_lm.
         **model_options: other fields of the recipe's model section, for example ``dtype``.
     """
 
@@ -311,12 +324,6 @@ class InstructionTuner(_Tuner):
                     remedy="give it an output, or use FullFineTuner, which trains plain text whole",
                 )
         return super().train(rows, *args, **kwargs)
-
-
-def _task_of(rows: list[TrainingExample]) -> str:
-    """The task that all rows are meant for, where a model that writes would learn something else of them."""
-    kinds = {row.task_type for row in rows}
-    return str(next(iter(kinds))) if len(kinds) == 1 and kinds <= _NO_WRITING else "causal_lm"
 
 
 def _listed(examples: Iterable[TrainingExample | Mapping[str, Any]], name: str) -> list[TrainingExample]:

@@ -226,7 +226,7 @@ def test_what_cannot_be_is_refused(tmp_path, tokenizer):
         ({"deployment": {"merge": True}}, "nonlinearity"),
         ({"model": {"added_tokens": ["<x>"]}}, "added tokens"),
         ({"method": {"name": "adapter", "placement": "pfeiffer", "target_modules": ["o_proj"]}}, "both say"),
-        ({"task": "seq_to_seq"}, "unknown task"),
+        ({"task": "translation"}, "unknown task"),
     ):
         with pytest.raises(UserError, match=said):
             ADAPTER.check(Recipe.from_dict({"method": "adapter"} | content))

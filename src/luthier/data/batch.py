@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from luthier.data.encode import EncodedExample
 from luthier.data.prefixes import group_by_prefix
+
+# A label that cross-entropy passes over, and that models' own shifting takes for padding.
+IGNORED = -100
 
 
 @dataclass(slots=True)
@@ -91,6 +95,33 @@ class Batch:
         )
 
 
+@dataclass(slots=True)
+class PairBatch(Batch):
+    """Sources as right-padded rows, and targets that the decoder reads shifted to the right.
+
+    ``input_ids``, ``attention_mask`` and ``position_ids`` ``[B, L]`` are the sources'; ``kept`` are flat positions in
+    ``decoder_input_ids``, whose outputs predict ``targets``.
+    """
+
+    decoder_input_ids: torch.Tensor
+    """``[B, T] int64``"""
+
+    @property
+    def computed(self) -> int:
+        """See :attr:`Batch.computed`."""
+        return self.input_ids.numel() + self.decoder_input_ids.numel()
+
+    def to(self, device: torch.device) -> PairBatch:
+        """See :meth:`Batch.to`."""
+        moved: Any = Batch.to(self, device)
+        return replace(moved, decoder_input_ids=self.decoder_input_ids.to(device, non_blocking=True))
+
+    def pinned(self) -> PairBatch:
+        """See :meth:`Batch.pinned`."""
+        pinned: Any = Batch.pinned(self)
+        return replace(pinned, decoder_input_ids=self.decoder_input_ids.pin_memory())
+
+
 def pack(examples: Sequence[EncodedExample], *, share: bool = False) -> Batch:
     """Examples end to end in one row; see :class:`Batch` for shapes.
 
@@ -158,6 +189,46 @@ def pad(examples: Sequence[EncodedExample], pad_token_id: int) -> Batch:
         kept=torch.from_numpy(np.concatenate(kept)),
         attention_mask=torch.from_numpy(mask),
     )
+
+
+def source_length(row: EncodedExample) -> int:
+    """Tokens of the source of a pair (see ``data.pairs``); the target is the rest of the row."""
+    return int(row.trained.argmax())
+
+
+def pad_pairs(
+    examples: Sequence[EncodedExample], pad_token_id: int, shift: Callable[[torch.Tensor], torch.Tensor]
+) -> PairBatch:
+    """Pairs as a batch.
+
+    Args:
+        examples: rows of a ``PairEncoder``.
+        pad_token_id: fills the sources' rows; masked.
+        shift: gives what the decoder reads to write ``[B, T]`` labels, which are padded with ``IGNORED``.
+    """
+    borders = [source_length(e) for e in examples]
+    sources = _right_padded([e.input_ids[:at] for e, at in zip(examples, borders, strict=True)], pad_token_id)
+    targets = [e.input_ids[at:] for e, at in zip(examples, borders, strict=True)]
+    labels = _right_padded(targets, IGNORED)
+    longest = sources.shape[1]
+    return PairBatch(
+        input_ids=sources,
+        position_ids=torch.arange(longest).expand(sources.shape).contiguous(),
+        segments=torch.tensor([(0, longest, 0, 0)], dtype=torch.int32),
+        kept=(labels.flatten() != IGNORED).nonzero()[:, 0],
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        attention_mask=(torch.arange(longest) < torch.tensor(borders)[:, None]).long(),
+        tokens=sum(map(len, examples)),
+        decoder_input_ids=shift(labels),
+    )
+
+
+def _right_padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
+    """``[B, longest] int64``"""
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 class Order:

@@ -21,6 +21,7 @@ from luthier.data.examples import Reject, TrainingExample
 from luthier.data.leakage import decontaminated
 from luthier.data.masked import MaskEncoder, Masking
 from luthier.data.mixing import mix
+from luthier.data.pairs import PairEncoder
 from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
 from luthier.data.split import split_indices
@@ -114,6 +115,11 @@ class Dataset:
         return self.encoder.masking if isinstance(self.encoder, MaskEncoder) else None
 
     @property
+    def pairs(self) -> PairEncoder | None:
+        """How sources and targets are encoded; None where rows are no pairs."""
+        return self.encoder if isinstance(self.encoder, PairEncoder) else None
+
+    @property
     def parts(self) -> tuple[Part, Part, Part]:
         return self.train, self.validation, self.test
 
@@ -164,10 +170,7 @@ def prepare(
         for step in cleaning.report():
             notes.append(f"{step.name}: {step.changed:,} of {step.rows:,} rows changed, {step.refused:,} refused")
     _augment(recipe, parts["train"], notes, local)
-    limits = [n for n in (data.max_length, context) if n is not None]
-    encoder = encoder_for(
-        recipe, tokenizer, parts["train"].examples, max_length=min(limits, default=None), classes=classes
-    )
+    encoder = encoder_for(recipe, tokenizer, parts["train"].examples, context=context, classes=classes)
     for part in parts.values():
         _encode(part, encoder, recipe)
     return Dataset(

@@ -156,13 +156,15 @@ def encode_rows(
     Args:
         encoder: renders and tokenises.
         examples: any number, which other processes can read (a store, or some of one).
-        cache: keep them for a later run; otherwise they go with the result.
+        cache: keep them for a later run, where the tokenizer is a fast one; otherwise they go with the result.
         processes: how many encode together; None: one a core, for so many rows that it pays.
 
     Raises:
         UserError: the disk is full.
     """
-    target = cache_root() / "encoded" / cache_key(encoder, examples) if cache else None
+    # Nothing tells one slow tokenizer from another for certain.
+    kept = cache and encoder.tokenizer.is_fast
+    target = cache_root() / "encoded" / cache_key(encoder, examples) if kept else None
     if target is not None and (target / "summary.json").is_file():
         os.utime(target)  # what was used last is thrown away last
         return EncodedRows(target)

@@ -51,6 +51,11 @@ def chat(
     """
     console = console or Console()
     saved = load_saved(path)
+    if saved.head.pairs:
+        raise UserError(
+            f"{path!r} holds an encoder-decoder, which writes a target for each source and holds no conversation",
+            remedy="give it sources from Python: luthier.FineTuneEvaluator(model, tokenizer).generate(source)",
+        )
     if not saved.head.writes:
         raise UserError(f"{path!r} holds a classifier, which does not answer", remedy="use `luthier classify`")
     if compare and saved.kind == "model" and saved.base_name in (None, path):

@@ -91,9 +91,9 @@ def check_parity(
     travelled = candidate_tokenizer if candidate_tokenizer is not None else tokenizer
     head = Head.of(reference)
     limit = limit_of(reference, tokenizer)
-    reasons = _tokens_differ(tokenizer, travelled, prompts, limit)
-    if head.writes:
-        reasons += _stops_missing(candidate, travelled)
+    reasons = _tokens_differ(tokenizer, travelled, prompts, limit, targets=head.pairs)
+    if head.writes or head.pairs:
+        reasons += _stops_missing(candidate, travelled, head)
     if Head.of(candidate).classes != head.classes:
         reasons.append("the classes' names or numbers were lost")
     numbers: dict[str, float] = {}
@@ -225,7 +225,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit:
 
 
 def _tokens_differ(
-    tokenizer: PreTrainedTokenizerBase, travelled: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    travelled: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    limit: int | None,
+    *,
+    targets: bool,
 ) -> list[str]:
     """Whether prompts and conversations give other tokens, or other texts, on the other side."""
     if travelled is tokenizer:
@@ -238,6 +243,10 @@ def _tokens_differ(
         if ids[0] != ids[1]:
             reasons.append("the tokenizer gives other tokens for the same text")
             break
+    if targets:
+        ids = [t(text_target=list(prompts))["input_ids"] for t in (tokenizer, travelled)]
+        if ids[0] != ids[1]:
+            reasons.append("the tokenizer gives other tokens for the same target")
     if limit is not None:
         return reasons
     for turns in (_TURNS[:1], _TURNS):
@@ -253,10 +262,11 @@ def _tokens_differ(
     return reasons
 
 
-def _stops_missing(candidate: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _stops_missing(candidate: Any, tokenizer: PreTrainedTokenizerBase, head: Head) -> list[str]:
     eos = getattr(candidate.generation_config, "eos_token_id", None)
     known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    missing = [i for i in end_of_turn_ids(tokenizer) if i not in known]
+    ends = end_of_turn_ids(tokenizer) if head.writes else [tokenizer.eos_token_id]
+    missing = [i for i in ends if i not in known]
     if not missing:
         return []
     names = ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens(missing))

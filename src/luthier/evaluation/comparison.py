@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
+from luthier.data.pairs import PairEncoder
 from luthier.errors import UserError
 from luthier.evaluation import metrics
 from luthier.evaluation.generation import Answer, generate_answers
 from luthier.evaluation.perplexity import perplexity_of_examples
-from luthier.evaluation.question import Question, ask
+from luthier.evaluation.question import Question, ask, ask_source
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -93,6 +94,7 @@ def compare(
     samples: int = 3,
     progress: Callable[[str, int, int], None] | None = None,
     encoded: Sequence[EncodedExample] | None = None,
+    pairs: PairEncoder | None = None,
 ) -> Comparison:
     """Ask every model the same questions, greedily, and score the answers.
 
@@ -106,6 +108,7 @@ def compare(
         samples: rows to choose for showing.
         progress: told ``(name, done, total)``.
         encoded: the rows encoded as in training, to compute perplexity from.
+        pairs: how sources and targets of encoder-decoder models were encoded for training; None: prompts are rendered.
 
     Raises:
         UserError: fewer than two models, names given twice, or no row that can be asked.
@@ -113,7 +116,7 @@ def compare(
     names = [name for name, _ in models]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"a comparison wants two models or more, of different names, not {names}")
-    questions, notes = _questions(tokenizer, examples, system)
+    questions, notes = _questions(tokenizer, examples, system, pairs)
     references = [q.references for q in questions]
     results = []
     for name, opened in models:
@@ -125,6 +128,7 @@ def compare(
                 [q.prompt for q in questions],
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                max_source_length=None if pairs is None else pairs.max_length,
                 progress=None if progress is None else _named(progress, name),
             )
             seconds = time.perf_counter() - begin
@@ -145,14 +149,19 @@ def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[in
 
 
 def _questions(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[TrainingExample], system: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TrainingExample],
+    system: str | None,
+    pairs: PairEncoder | None,
 ) -> tuple[list[Question], list[str]]:
     """The rows that can be asked, and a note for each that cannot: one bad row must not cost a whole run's result."""
     questions, notes = [], []
     refused: UserError | None = None
     for number, example in enumerate(examples, 1):
         try:
-            questions.append(ask(tokenizer, example, number, system))
+            questions.append(
+                ask(tokenizer, example, number, system) if pairs is None else ask_source(pairs, example, number)
+            )
         except UserError as error:
             refused = error
             notes.append(f"{error.where} was left out: {error.what}")

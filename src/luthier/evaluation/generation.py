@@ -11,6 +11,8 @@ import torch
 from luthier.data.render import end_of_turn_ids
 from luthier.errors import UserError, shorten
 from luthier.evaluation.state import measuring
+from luthier.models.heads import Head
+from luthier.models.pairs import opening
 from luthier.models.virtual import VirtualTokens, cache_name
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def generate_answers(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     stop_token_ids: Iterable[int] | None = None,
+    max_source_length: int | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
     """The most likely next token, again and again, until a stop token or the limit.
@@ -49,12 +52,14 @@ def generate_answers(
     says), so that two models are compared on equal terms and a prompt's answer does not depend on its batch.
 
     Args:
-        model: a decoder; its training mode and attention are given back as they were.
+        model: a decoder, or an encoder-decoder; its training mode and attention are given back as they were.
         tokenizer: the model's tokenizer.
-        prompts: rendered texts, as ``luthier.data.render.prompt_text`` makes them; no special token is added.
+        prompts: rendered texts, as ``luthier.data.render.prompt_text`` makes them; no special token is added. To an
+            encoder-decoder, sources, which get those that the tokenizer puts around them.
         max_new_tokens: longest answer in tokens; less where the model's context ends before.
         batch_size: prompts answered at once.
         stop_token_ids: tokens that end an answer; None: those of :func:`stop_tokens`.
+        max_source_length: an encoder-decoder reads so many tokens of a longer source, as in training.
         progress: told how many prompts are answered.
 
     Returns:
@@ -71,7 +76,10 @@ def generate_answers(
     if not prompts:
         return []
     stops = list(stop_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids)
-    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    pairs = Head.of(model).pairs
+    begins = opening(model, tokenizer) if pairs else []
+    cut = {"truncation": max_source_length is not None, "max_length": max_source_length} if pairs else {}
+    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=pairs, verbose=False, **cut)["input_ids"]
     limits = [_room(model, ids, i, prompts[i], max_new_tokens) for i, ids in enumerate(encoded)]
     # Long prompts first: where memory does not suffice, that shows at once. Equal lengths share a batch.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
@@ -80,7 +88,8 @@ def generate_answers(
     with measuring(model, "sdpa" if model.config._attn_implementation == "luthier" else None):  # type: ignore[union-attr]
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            new = _greedy(model, [encoded[i] for i in rows], [limits[i] for i in rows], stops)
+            asked, room = [encoded[i] for i in rows], [limits[i] for i in rows]
+            new = _targets(model, asked, room, stops, begins) if pairs else _greedy(model, asked, room, stops)
             for i, ids in zip(rows, new, strict=True):
                 stopped = ids[-1] in stops
                 text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -91,11 +100,16 @@ def generate_answers(
 
 
 def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: those of the model's generation config, and the template's end-of-turn."""
+    """Tokens that end an answer: those of the model's generation config, and the template's end-of-turn.
+
+    A target of an encoder-decoder ends with the tokenizer's end-of-sequence.
+    """
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return list(dict.fromkeys([*own, *end_of_turn_ids(tokenizer)]))
+    if not Head.of(model).pairs:
+        return list(dict.fromkeys([*own, *end_of_turn_ids(tokenizer)]))
+    return list(dict.fromkeys(own if tokenizer.eos_token_id is None else [*own, int(tokenizer.eos_token_id)]))
 
 
 def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> int:
@@ -106,6 +120,9 @@ def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> i
     if context is None:
         return wanted
     context -= VirtualTokens(model).count
+    if Head.of(model).pairs and len(ids) <= context:
+        # The target has positions of its own, two of which may go to what opens it.
+        return max(1, min(wanted, context - 2))
     if len(ids) >= context:
         raise UserError(
             f"the prompt has {len(ids):,} tokens and the model's context {context:,}: {shorten(prompt)}",
@@ -155,6 +172,43 @@ def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list
             ids, positions, mask = ids[index], positions[index], mask[index]
             alive = [alive[i] for i in going]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+
+
+def _targets(
+    model: Any, sources: list[list[int]], limits: list[int], stops: list[int], begins: list[int]
+) -> list[list[int]]:
+    """New token ids for each source, by an encoder-decoder's own loop: the decoder begins with ``begins``."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    reader = model.get_base_model() if hasattr(model, "get_base_model") else model
+    pad = reader.config.pad_token_id
+    longest = max(map(len, sources))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in sources], device=device)  # [B, L]
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sources], device=device)
+    own = reader.generation_config
+    reader.generation_config = GenerationConfig()  # generate() takes from it what its argument leaves open
+    try:
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max(limits),
+            eos_token_id=stops or None,
+            pad_token_id=pad,
+            decoder_start_token_id=begins[0],
+        )
+        out = reader.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=torch.tensor([begins] * len(sources), device=device),
+            generation_config=config,
+        )
+    finally:
+        reader.generation_config = own
+    new = []
+    for row in out[:, len(begins) :].tolist():
+        end = next((at for at, token in enumerate(row) if token in stops), len(row) - 1)
+        new.append(row[: end + 1])
+    return new
 
 
 def _one_by_one(model: Any, prompts: list[list[int]], limits: list[int], stops: list[int]) -> list[list[int]]:

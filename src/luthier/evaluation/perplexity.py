@@ -13,6 +13,7 @@ import torch
 from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
 from luthier.evaluation.state import measuring
+from luthier.models.heads import Head
 from luthier.models.virtual import VirtualTokens
 
 if TYPE_CHECKING:
@@ -54,8 +55,14 @@ def calculate_perplexity(
         max_length: tokens that the model sees at once; None: its context, at most 4,096.
 
     Raises:
-        UserError: the text is empty or a single token; a length is out of range.
+        UserError: the text is empty or a single token; a length is out of range; the model reads a source first.
     """
+    if Head.of(model).pairs:
+        raise UserError(
+            "an encoder-decoder gives a text no perplexity without its source",
+            where="calculate_perplexity(model=...)",
+            remedy="judge it on pairs: FineTuneEvaluator.evaluate_generation, or `luthier evaluate`",
+        )
     if not isinstance(text, str):
         raise UserError(f"text must be a string, not {type(text).__name__}", remedy="give the text itself")
     ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int32)
@@ -102,6 +109,7 @@ def perplexity_of_examples(model: torch.nn.Module, examples: Sequence[EncodedExa
         UserError: no example, or none with a trained token.
     """
     from luthier.training.loss import LossFunction
+    from luthier.training.pair_loss import PairLoss
 
     examples = [e for e in examples if e.trained.any()]
     if not examples:
@@ -109,7 +117,7 @@ def perplexity_of_examples(model: torch.nn.Module, examples: Sequence[EncodedExa
     total, tokens = 0.0, 0
     with measuring(model):
         device = next(model.parameters()).device
-        loss = LossFunction(model)
+        loss = PairLoss(model) if Head.of(model).pairs else LossFunction(model)
         for rows in _by_budget(examples):
             batch = loss.batch(rows).to(device)
             total += float(loss(batch))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from luthier.data.examples import Message, TrainingExample
+from luthier.data.pairs import PairEncoder
 from luthier.data.render import Renderer, RenderError, prompt_messages, prompt_text
 from luthier.errors import UserError
 
@@ -18,7 +19,7 @@ class Question:
     """One example, ready to be asked."""
 
     prompt: str
-    """Rendered through the chat template, up to where the model speaks."""
+    """What the model reads: rendered through the chat template up to where it speaks, or a source's text."""
     asked: str
     """The last turn before the answer, for people to read."""
     references: list[str]
@@ -60,6 +61,29 @@ def ask(
         raise UserError(str(error), where=where, remedy=error.remedy) from None
     asked = str(turns[-1].get("content") or "") if turns else ""
     return Question(prompt, asked, [own, *example.references], where)
+
+
+def ask_source(pairs: PairEncoder, example: TrainingExample, number: int) -> Question:
+    """An example as a question to an encoder-decoder: its source, with what the encoder puts before every one.
+
+    Args:
+        pairs: how the rows were encoded for training.
+        example: has a target.
+        number: as for :func:`ask`.
+
+    Raises:
+        UserError: the example is no pair, or has no target.
+    """
+    where = str(example.source) if example.source else f"row {number}"
+    try:
+        source, target = pairs.texts(example)
+    except RenderError as error:
+        raise UserError(str(error), where=where, remedy=error.remedy) from None
+    if not (target or "").strip():
+        raise UserError(
+            "the example has no answer to compare with", where=where, remedy="give it an output, or leave it out"
+        )
+    return Question(source, source, [str(target), *example.references], where)
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], example: TrainingExample) -> str:

@@ -37,8 +37,21 @@ _ATTENTION = (
     "attention.output.dense",
     "attention.out_lin",
     "attn.Wo",
+    "encoder_attn.out_proj",
+    "SelfAttention.o",
+    "EncDecAttention.o",
 )
-_MLP = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "output.dense", "ffn.lin2", "mlp.Wo")
+_MLP = (
+    "mlp.down_proj",
+    "mlp.c_proj",
+    "mlp.fc2",
+    "mlp.dense_4h_to_h",
+    "output.dense",
+    "ffn.lin2",
+    "mlp.Wo",
+    "fc2",
+    "DenseReluDense.wo",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +261,7 @@ def places(model: PreTrainedModel, placement: str, named: Sequence[str]) -> tupl
     linear = [n for n, m in model.named_modules() if _is_linear(m)]
     if named:
         return _named(linear, named)
-    blocks = int(model.config.get_text_config().num_hidden_layers)
+    expected = _branches(model)
     found: list[str] = []
     attention = {n for n in linear if n.endswith(tuple("." + end for end in _ATTENTION))}
     for what, ends in (("attention", _ATTENTION), ("MLP", _MLP)):
@@ -259,14 +272,25 @@ def places(model: PreTrainedModel, placement: str, named: Sequence[str]) -> tupl
             for n in linear
             if (n in attention) == (what == "attention") and n.endswith(tuple("." + end for end in ends))
         ]
-        if len(here) != blocks:
+        if len(here) != expected[what]:
             raise UserError(
-                f"{len(here)} layers that end an {what} were found by name in the {blocks} blocks of this model",
+                f"{len(here)} layers that end an {what} were found by name in this model, which has {expected[what]}",
                 where="method.target_modules",
                 remedy="name the linear layers that end the branches, such as o_proj and down_proj, or use lora",
             )
         found += here
     return tuple(n for n in linear if n in set(found))
+
+
+def _branches(model: PreTrainedModel) -> dict[str, int]:
+    """How many residual branches of each kind a model has; a decoder's blocks beside an encoder attend twice."""
+    config: Any = model.config.get_text_config()
+    blocks = int(config.num_hidden_layers)
+    if not getattr(config, "is_encoder_decoder", False):
+        return {"attention": blocks, "MLP": blocks}
+    names = ("num_decoder_layers", "decoder_layers")
+    second = int(next((n for n in (getattr(config, name, None) for name in names) if n is not None), blocks))
+    return {"attention": blocks + 2 * second, "MLP": blocks + second}
 
 
 def _named(linear: list[str], named: Sequence[str]) -> tuple[str, ...]:

@@ -19,9 +19,8 @@ from luthier.methods.base import Advice, TuningMethod, peft_task, register, whol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Where PEFT does not know a model: how decoders name these layers.
-_SCALED = ("k_proj", "v_proj", "down_proj")
-_FEEDFORWARD = ("down_proj",)
+# Where PEFT does not know a model: how decoders name these layers, and how most encoder-decoders do.
+_SCALED = (("k_proj", "v_proj", "down_proj"), ("k_proj", "v_proj", "fc2"))
 
 
 @register
@@ -75,8 +74,9 @@ def _layers_of(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     if kind in TARGETS and kind in FEEDFORWARD:
         return list(TARGETS[kind]), list(FEEDFORWARD[kind])
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if set(_SCALED) <= names:
-        return list(_SCALED), list(_FEEDFORWARD)
+    for scaled in _SCALED:
+        if set(scaled) <= names:
+            return list(scaled), list(scaled[-1:])
     raise UserError(
         f"IA3 does not know which layers of a {kind} model make keys, values and inner values",
         where="method.target_modules",

@@ -26,6 +26,11 @@ class Head:
         """Whether the model generates text from a chat template's prompts."""
         return self.task in (TaskType.CAUSAL_LM, TaskType.INSTRUCTION)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether an encoder reads a source and a decoder writes a target."""
+        return self.task is TaskType.SEQ_TO_SEQ
+
     def loader(self) -> Any:
         """The class of transformers that loads a model with this head."""
         import transformers
@@ -57,7 +62,7 @@ class Head:
         if name.endswith("ForMaskedLM"):
             return cls(TaskType.MASKED_LM)
         if not name.endswith("ForSequenceClassification"):
-            return cls()
+            return cls(TaskType.SEQ_TO_SEQ) if getattr(config, "is_encoder_decoder", False) else cls()
         names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
         return cls(TaskType.CLASSIFICATION, ClassNames(names, config.problem_type == "multi_label_classification"))
 
@@ -87,6 +92,7 @@ _LOADERS = {
     TaskType.INSTRUCTION: "AutoModelForCausalLM",
     TaskType.CLASSIFICATION: "AutoModelForSequenceClassification",
     TaskType.MASKED_LM: "AutoModelForMaskedLM",
+    TaskType.SEQ_TO_SEQ: "AutoModelForSeq2SeqLM",
 }
 
 

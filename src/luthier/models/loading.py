@@ -16,6 +16,7 @@ from luthier.errors import UserError
 from luthier.models.catalogue import CATALOGUE, embedded_model_folder
 from luthier.models.fingerprint import fingerprint
 from luthier.models.heads import Head, fresh_modules, modules_of
+from luthier.models.pairs import set_opening
 from luthier.models.quantized import Quantization, QuantizedFrom, require_bitsandbytes, settle
 
 if TYPE_CHECKING:
@@ -199,7 +200,8 @@ def _fresh(name: str | Path, model: PreTrainedModel, head: Head, parameters: lis
         UserError: they are not a new head's, so they should have been there.
     """
     body = f"{model.base_model_prefix}."
-    lost = [p for p in parameters if head.writes or (p.startswith(body) and not p.startswith(f"{body}pooler."))]
+    whole = head.writes or head.pairs
+    lost = [p for p in parameters if whole or (p.startswith(body) and not p.startswith(f"{body}pooler."))]
     if lost:
         raise UserError(
             f"model {str(name)!r} holds no weights for {lost[0]}"
@@ -279,7 +281,11 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
     A model whose generation config lacks the template's end-of-turn talks on after its answer once served.
     """
-    if not Head.of(model).writes:
+    head = Head.of(model)
+    if head.pairs:
+        set_opening(model, tokenizer)
+        return []
+    if not head.writes:
         return []
     config = model.generation_config
     assert config is not None

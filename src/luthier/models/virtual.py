@@ -102,7 +102,8 @@ def own_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """``[B, L, V]`` logits of ``[B, L]`` ids by the model's own forward, without those of virtual positions.
 
     A masked language model's are those of each place itself. A classifier's are ``[B, 1, C]``; where a text can be of
-    several classes, ``[B, C, 2]``, each with its opposite.
+    several classes, ``[B, C, 2]``, each with its opposite. A decoder beside an encoder reads
+    the same ids as that.
     """
     head = Head.of(model)
     if head.classes is not None:
@@ -111,5 +112,6 @@ def own_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     if head.task is TaskType.MASKED_LM:
         filled: torch.Tensor = model(input_ids=ids).logits
         return filled
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    more = {"decoder_input_ids": ids} if head.pairs else {}
+    logits: torch.Tensor = model(input_ids=ids, **more, use_cache=False).logits
     return logits[:, -ids.shape[1] :]

@@ -56,6 +56,17 @@ class Task:
             UserError: there is one; the message says what to do.
         """
 
+    def check_model(self, config: Any, name: str) -> None:
+        """Refuse a model of a kind that this work isn't done with, before its weights are loaded.
+
+        Args:
+            config: the model's.
+            name: the model's, for the message.
+
+        Raises:
+            UserError: it is; the message names the task that fits.
+        """
+
     def head(self, dataset: Dataset) -> Head:
         """What the model is loaded with on its body."""
         return Head(self.type)

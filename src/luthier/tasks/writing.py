@@ -14,6 +14,7 @@ from luthier.data.examples import TaskType
 from luthier.data.findings import Finding
 from luthier.data.preview import render_encoded
 from luthier.data.render import prompt_messages, prompt_text
+from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
 from luthier.recipe import Recipe
 from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
@@ -33,6 +34,15 @@ class Causal(Task):
 
     type = TaskType.CAUSAL_LM
     writes = True
+
+    def check_model(self, config: Any, name: str) -> None:
+        """See :meth:`Task.check_model`."""
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                f"{name!r} ({config.model_type}) has an encoder and a decoder, which task={self.type} cannot train",
+                where="task",
+                remedy="use task=seq_to_seq, which learns to write an answer for each input",
+            )
 
     def loss_function(self, model: torch.nn.Module, dataset: Dataset, **options: Any) -> LossFunction:
         """See :meth:`Task.loss_function`."""

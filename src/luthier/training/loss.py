@@ -303,11 +303,9 @@ class LossFunction:
         if self.body is None or not isinstance(self.output, torch.nn.Linear):
             return
         batch = self.batch(self._probe_rows()).to(next(self.model.parameters()).device)
-        direct = self.output(self._hidden(batch)).float()
-        own = self.logits(batch).float()
-        half = self.output.weight.dtype in (torch.bfloat16, torch.float16)
-        apart = float((direct - own).abs().mean())
-        self.head = apart <= (1e-3 if half else 1e-6) * float(own.std()) and not _bends_logits(base)
+        direct = self.output(self._hidden(batch))
+        own = self.logits(batch)
+        self.head = proves_head(base, direct, own)
 
     def _fuse(self, ops: Any) -> FusedDecoder:
         """The fused layers, where they give the logits of the model's own.
@@ -406,6 +404,13 @@ def _context(model: torch.nn.Module) -> int:
     """Longest context that the model's config names, in tokens."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     return int(getattr(config, "max_position_embeddings", 0) or 0)
+
+
+def proves_head(base: Any, direct: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether logits computed from hidden states are a model's own ``[K, V]``."""
+    half = own.dtype in (torch.bfloat16, torch.float16)
+    apart = float((direct.float() - own.float()).abs().mean())
+    return apart <= (1e-3 if half else 1e-6) * float(own.float().std()) and not _bends_logits(base)
 
 
 def _bends_logits(model: Any) -> bool:
