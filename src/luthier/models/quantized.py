@@ -6,6 +6,7 @@ Dettmers et al., 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:23
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,6 +108,31 @@ def settle(model: PreTrainedModel, origin: QuantizedFrom) -> PreTrainedModel:
 def is_quantized(parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter is a matrix that bitsandbytes holds."""
     return getattr(parameter, "quant_state", None) is not None or hasattr(parameter, "SCB")
+
+
+def unpacked(model: Any) -> tuple[Any, list[str]]:
+    """A copy whose quantised layers are plain ones of the same weights, in float32: what it computes is rounded by
+    the weights' quantisation alone, not by the inputs' (8 bits) nor by the precision of products.
+
+    Args:
+        model: a quantised base, or one with adapters beside it.
+
+    Returns:
+        the copy, and the layers' names in the plain model.
+    """
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    fine = copy.deepcopy(model)
+    base = fine.get_base_model() if hasattr(fine, "get_base_model") else fine
+    found = {n: m for n, m in base.named_modules() if any(is_quantized(p) for p in m.parameters(recurse=False))}
+    for name, layer in found.items():
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        # The scales of 8 bits move from the weight to the layer's state at the first product.
+        weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+        plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+        place, _, last = name.rpartition(".")
+        setattr(base.get_submodule(place), last, plain)
+    return fine.float(), [name.removesuffix(".base_layer") for name in found]
 
 
 def count(parameter: torch.nn.Parameter) -> int:
