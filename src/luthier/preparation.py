@@ -18,7 +18,7 @@ from luthier.methods import get_method
 from luthier.methods.base import TuningMethod, trainable_parameters
 from luthier.methods.saved import fingerprint
 from luthier.models.catalogue import CATALOGUE
-from luthier.models.heads import Head
+from luthier.models.heads import Head, fresh_modules
 from luthier.models.loading import (
     add_tokens,
     context_of,
@@ -156,7 +156,7 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
                 where="training.sharding",
                 remedy="set it to none, or leave DeepSpeed out of the Accelerate configuration",
             )
-        if method.rates(trainable_parameters(model), recipe.method):
+        if method.rates(trainable_parameters(model), recipe.method, fresh_modules(model)):
             raise UserError(
                 "DeepSpeed's optimiser would let all parameters learn equally fast",
                 where="method",

@@ -110,6 +110,9 @@ def test_a_mixture_trains_what_it_names_at_its_rates():
     assert {rates.get(n, 1) for n in names if "lora_A" in n} == {1}
     assert {rates[n] for n in names if "lora_B" in n} == {4}
     assert {rates[n] for n in names if "modules_to_save" in n} == {0.1}
+    # What begins at random has farther to go than a norm that was trained before.
+    rates = method.rates(names, options, fresh=["model.norm"])
+    assert {n for n in names if "modules_to_save" in n and n not in rates} == {n for n in names if "model.norm." in n}
 
 
 def test_frozen_parts_stay_and_the_rest_is_trained():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -132,8 +132,14 @@ class TuningMethod:
         """
         raise NotImplementedError
 
-    def rates(self, names: Iterable[str], options: Any) -> dict[str, float]:
-        """Factors of the learning rate, for those of the trained parameters that learn at another than the recipe's."""
+    def rates(self, names: Iterable[str], options: Any, fresh: Sequence[str] = ()) -> dict[str, float]:
+        """Factors of the learning rate, for those of the trained parameters that learn at another than the recipe's.
+
+        Args:
+            names: of the trained parameters.
+            options: this method's section of the recipe.
+            fresh: names of modules that begin at random (see ``models.heads``).
+        """
         return {}
 
     def kept_values(self, options: Any, hidden: int, inner: int) -> int:

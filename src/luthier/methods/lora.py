@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ class Lora(TuningMethod):
         ranks = 2 * options.r if options.init_lora_weights == "pissa" else options.r
         return (5 * hidden + 2 * inner if options.lora_dropout else 0) + 14 * ranks
 
-    def rates(self, names: Iterable[str], options: LoraMethod) -> dict[str, float]:
+    def rates(self, names: Iterable[str], options: LoraMethod, fresh: Sequence[str] = ()) -> dict[str, float]:
         """See :meth:`TuningMethod.rates`; LoRA+ lets B learn faster."""
         ratio = options.loraplus_lr_ratio
         return {} if ratio is None else {name: ratio for name in names if re.search(r"\.lora_(embedding_)?B\.", name)}

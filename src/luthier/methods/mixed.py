@@ -7,7 +7,7 @@ adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from luthier.method_options import LoraMethod, MixedMethod
 from luthier.methods.base import register
@@ -21,9 +21,10 @@ class Mixed(Lora):
     name = "mixed"
     trains = "low-rank matrices beside frozen weights, and other modules whole"
 
-    def rates(self, names: Iterable[str], options: LoraMethod) -> dict[str, float]:
-        """See :meth:`TuningMethod.rates`; what is trained whole moves less than matrices that begin as noise."""
+    def rates(self, names: Iterable[str], options: LoraMethod, fresh: Sequence[str] = ()) -> dict[str, float]:
+        """See :meth:`TuningMethod.rates`; what is trained whole moves less than what begins as noise."""
         assert isinstance(options, MixedMethod)
-        names = list(names)
-        whole = [n for n in names if ".modules_to_save." in n] if options.modules_to_save_lr_ratio != 1 else []
-        return super().rates(names, options) | dict.fromkeys(whole, options.modules_to_save_lr_ratio)
+        names, ratio = list(names), options.modules_to_save_lr_ratio
+        begun = [f".{name}.modules_to_save." for name in fresh]
+        whole = [n for n in names if ".modules_to_save." in n and not any(b in n for b in begun)] if ratio != 1 else []
+        return super().rates(names, options) | dict.fromkeys(whole, ratio)

@@ -6,7 +6,7 @@ learn far better where the vectors begin as those of tokens than as noise. Saved
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,7 +54,10 @@ class Prompt(BeforeTheText):
 @torch.no_grad()
 def _begin_as(model: torch.nn.Module, text: str) -> None:
     """Set the vectors to those of a text's tokens, by the model's own tokenizer; PEFT would save its folder's name."""
-    ids = load_tokenizer(model.get_base_model().name_or_path)(text, add_special_tokens=False).input_ids  # type: ignore[operator]
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    # Of a hub's model, the revision that was loaded.
+    tokenizer = load_tokenizer(base.name_or_path, revision=getattr(base.config, "_commit_hash", None))
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise UserError("the text has no token", where="method.prompt_tuning_init_text", remedy="give a longer one")
     vectors = model.prompt_encoder.default.embedding.weight  # type: ignore[union-attr]

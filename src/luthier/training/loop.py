@@ -18,6 +18,7 @@ from luthier.data.batch import Batch, Order
 from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
 from luthier.methods.base import TuningMethod
+from luthier.models.heads import fresh_modules
 from luthier.recipe import Recipe
 from luthier.training.allocator import keep_freed_memory
 from luthier.training.checkpoint import Checkpoint, Checkpoints, TrainState
@@ -144,7 +145,7 @@ class Trainer:
                 weight_decay=self.plan.weight_decay,
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_epsilon,
-                rates=method.rates(self.division.parameters, recipe.method),
+                rates=method.rates(self.division.parameters, recipe.method, fresh_modules(loss_function.model)),
                 add_squares=None if shards is None else shards.add_squares,
             )
         )
