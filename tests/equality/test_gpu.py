@@ -183,7 +183,7 @@ def test_the_models_own_layers_take_it_too(family, monkeypatch):
         called.append(query.shape)
         return ops
 
-    monkeypatch.setattr(attention, "_variable_length", variable_length)
+    monkeypatch.setattr(attention, "variable_length", variable_length)
     function = LossFunction(model)
     assert function.packed and called, function.reason
     for share in (False, True):

@@ -20,9 +20,9 @@ IGNORED = -100
 class Batch:
     """One forward pass.
 
-    Packed: the examples lie end to end in one row, N tokens in all, and nothing is padding. What follows an example's
-    last target is left out, for nothing depends on it. Where examples begin alike, their common beginning may stand in
-    the row once, as a segment of its own, followed by the rest of each.
+    Packed: the examples lie end to end in one row, N tokens in all, and nothing is padding. For a model that reads
+    forwards, what follows an example's last target is left out, for nothing depends on it; and where examples begin
+    alike, their common beginning may stand in the row once, as a segment of its own, followed by the rest of each.
     Padded: one row an example, L the longest, padding on the right.
     """
 
@@ -34,9 +34,10 @@ class Batch:
     """``[S, 4] int32``: where each run of tokens begins and ends in the packed row, where the prefix that it shares
     begins, and the length of that (0: it shares none); on the CPU, wherever the batch is"""
     kept: torch.Tensor
-    """``[K] int64``: flat positions whose next token is trained, in the examples' order"""
+    """``[K] int64``: flat positions whose next token is trained, in the examples' order; for a model that reads from
+    both sides, those of the trained tokens themselves"""
     targets: torch.Tensor
-    """``[K] int64``: those next tokens"""
+    """``[K] int64``: the trained tokens"""
     attention_mask: torch.Tensor | None
     """``[B, L] int64``; None where packed"""
     tokens: int
@@ -166,6 +167,28 @@ def pack(examples: Sequence[EncodedExample], *, share: bool = False) -> Batch:
         ),
         attention_mask=None,
         tokens=sum(map(len, examples)),
+    )
+
+
+def pack_whole(examples: Sequence[EncodedExample]) -> Batch:
+    """Examples end to end in one row with all their tokens, for a model that reads from both sides; see :class:`Batch`.
+
+    A trained token is kept where it stands.
+    """
+    ids = np.concatenate([e.input_ids for e in examples]).astype(np.int64)
+    kept = np.flatnonzero(np.concatenate([e.trained for e in examples]))
+    ends = np.cumsum([len(e) for e in examples])
+    begins = np.concatenate([[0], ends[:-1]])
+    segments = np.zeros((len(examples), 4), dtype=np.int32)
+    segments[:, 0], segments[:, 1] = begins, ends
+    return Batch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(begins, ends - begins))[None],
+        segments=torch.from_numpy(segments),
+        kept=torch.from_numpy(kept),
+        targets=torch.from_numpy(ids[kept]),
+        attention_mask=None,
+        tokens=len(ids),
     )
 
 

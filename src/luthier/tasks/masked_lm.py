@@ -45,7 +45,6 @@ class MaskedLM(Task):
             ("data.system", data.system is not None, "the model reads the text alone; leave it empty"),
             ("data.train_on", data.train_on != "answers", "words are hidden anywhere in a text; leave it out"),
             ("model.chat_template", recipe.model.chat_template is not None, "no template is rendered; leave it empty"),
-            ("model.batching", recipe.model.batching == "packed", "rows are right-padded; leave it out"),
             (
                 "training.sharding",
                 recipe.training.sharding == "full",

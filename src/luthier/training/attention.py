@@ -50,6 +50,12 @@ def recording() -> Iterator[dict[torch.nn.Module, AttentionCall]]:
         _recorded = None
 
 
+def record(module: torch.nn.Module, call: AttentionCall) -> None:
+    """Note what a module asks for, where :func:`recording` collects it."""
+    if _recorded is not None:
+        _recorded[module] = call
+
+
 def register() -> str:
     """Make the implementation known to transformers; returns its name for ``set_attn_implementation``."""
     from transformers import AttentionInterface
@@ -95,11 +101,9 @@ def packed_attention(
         raise ValueError(f"packed attention does not do {unknown or 'masks or two-way attention'}")
     if query.shape[2] != key.shape[2]:
         raise ValueError("packed attention takes whole sequences, not a cache")
-    if _recorded is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        _recorded[module] = AttentionCall(scale, sliding_window, softcap)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not dropout and softcap is None and (variable := _variable_length(query)) is not None:
+    record(module, AttentionCall(float(scale), sliding_window, softcap))
+    if not dropout and softcap is None and (variable := variable_length(query)) is not None:
         if segments is None:
             segments = _segments([0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist())
         tokens = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -131,7 +135,7 @@ def packed_attention(
 _WIDEST_HEAD = 256
 
 
-def _variable_length(query: torch.Tensor) -> Any:
+def variable_length(query: torch.Tensor) -> Any:
     """Variable-length attention where the device has it for this tensor; else None."""
     d = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,17 +11,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from luthier.data.batch import Batch, pack, pad
+from luthier.data.batch import Batch, pack, pack_whole, pad
 from luthier.data.encode import EncodedExample
-from luthier.training.loss import LossFunction
+from luthier.training.encoder_attention import PaddedRows
+from luthier.training.encoder_loss import EncoderLoss
 
 
-class ClassLoss(LossFunction):
+class ClassLoss(EncoderLoss):
     """The summed loss of a batch of texts under a classifier; see :class:`LossFunction`.
 
-    A decoder's head reads the last token of a text, so texts can lie end to end in one row, and beginnings that they
-    share are computed once, as in training a language model: where the model proves it. All others read right-padded
-    rows by the model's own forward.
+    Texts lie end to end in one row where the model proves that it takes them so. A decoder's head reads the last token
+    of a text, and beginnings that texts share are computed once, as in training a language model. An encoder's head
+    reads a text's first token, or all of them: it gets what the body makes of the row with a text to a row. All others
+    read right-padded rows by the model's own forward.
 
     The loss of a text is the cross-entropy of its class; where it can be of several, the mean over all classes of the
     binary cross-entropies, as transformers has them.
@@ -33,6 +36,8 @@ class ClassLoss(LossFunction):
     """
 
     of_tokens = False
+    # Whether an encoder's head gets a text's every token, not its first alone.
+    _whole = False
 
     def __init__(self, model: torch.nn.Module, *, classes: int, multi_label: bool, **options: Any) -> None:
         self.classes = classes
@@ -48,11 +53,35 @@ class ClassLoss(LossFunction):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """``[B, C]`` scores of the texts."""
-        if batch.packed:
-            scores: torch.Tensor = self.output(self._hidden(batch))
-            return scores
-        own: torch.Tensor = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return own
+        scores: torch.Tensor
+        if not batch.packed:
+            scores = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        elif self.two_way:
+            with self._a_text_to_a_row(batch) as more:
+                scores = self.model(**self._inputs(batch), **more).logits
+        else:
+            scores = self.output(self._hidden(batch))
+        return scores
+
+    @contextlib.contextmanager
+    def _a_text_to_a_row(self, batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
+        """The body hands its states of a packed row to the head with a text to a row, the first token's or all; gives
+        what the head wants to be told of them."""
+        rows = PaddedRows.of(batch.segments, batch.input_ids.device) if self._whole else None
+
+        def lay(module: Any, given: Any, output: Any) -> Any:
+            states = output.last_hidden_state[0]  # [N, D]
+            output.last_hidden_state = states[batch.kept][:, None] if rows is None else rows.laid(states)
+            if getattr(output, "pooler_output", None) is not None:
+                output.pooler_output = module.pooler(output.last_hidden_state)
+            return output
+
+        assert self.body is not None
+        handle = self.body.register_forward_hook(lay)
+        try:
+            yield {} if rows is None else {"attention_mask": rows.mask.long()}
+        finally:
+            handle.remove()
 
     def own_loss(self, row: EncodedExample) -> torch.Tensor:
         """See :meth:`LossFunction.own_loss`."""
@@ -61,25 +90,34 @@ class ClassLoss(LossFunction):
     def _output(self, base: Any) -> Any:
         """A decoder's head, which is a linear layer on the last token's hidden state; None where there is no such."""
         head = getattr(base, "score", None)
-        if head is None:
-            self.body = None
-        return head
+        self.two_way = head is None
+        return super()._output(base) if self.two_way else head
 
     def _probe(self, base: Any, batching: str) -> None:
         if self.body is None:
-            self.reason = "this model's head reads more than a text's last token"
-            return
-        super()._probe(base, batching)
-        # A packed row's scores are the head's of hidden states, by definition; that they are right has been proven.
-        self.head = self.packed
+            self.reason = "this model's body is no module of its own"
+        elif self.two_way:
+            for self._whole in (False, True):
+                self._probe_packing(batching)
+                if self.packed:
+                    return
+        else:
+            super()._probe(base, batching)
+            # A packed row's scores are the head's of hidden states, by definition; that they are right has been proven.
+            self.head = self.packed
 
     def _pack(self, rows: list[EncodedExample], *, share: bool = False) -> Batch:
-        # What is predicted is kept one token before it; a token more stands for the class, and is no input.
-        one = np.zeros(1, dtype=np.int32)
-        longer = [
-            replace(row, input_ids=np.concatenate([row.input_ids, one]), trained=_last(len(row) + 1)) for row in rows
-        ]
-        return replace(pack(longer, share=share), targets=self._targets(rows))
+        if self.two_way:
+            batch = pack_whole([replace(row, trained=np.arange(len(row)) == 0) for row in rows])
+        else:
+            # What is predicted is kept one token before it; a token more stands for the class, and is no input.
+            one = np.zeros(1, dtype=np.int32)
+            longer = [
+                replace(row, input_ids=np.concatenate([row.input_ids, one]), trained=_last(len(row) + 1))
+                for row in rows
+            ]
+            batch = pack(longer, share=share)
+        return replace(batch, targets=self._targets(rows))
 
     def _pad(self, rows: list[EncodedExample]) -> Batch:
         marked = [replace(row, trained=_last(len(row))) for row in rows]

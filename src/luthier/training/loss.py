@@ -200,7 +200,7 @@ class LossFunction:
                 where the same rows must always be the same batch, as in validation.
         """
         rows = self.virtual.before(examples)
-        batch = self._pack(rows, share=self.share_prefix) if self.packed else self._pad(rows)
+        batch = self._pack(rows, share=self.share_prefix) if self._packable(rows) else self._pad(rows)
         batch.tokens = sum(map(len, examples))
         return batch
 
@@ -214,6 +214,13 @@ class LossFunction:
     def _output(self, base: Any) -> Any:
         """The layer whose outputs are the logits."""
         return base.get_output_embeddings()
+
+    def _attention(self) -> str:
+        """The name of the attention that packed rows take."""
+        return attention.register()
+
+    def _packable(self, rows: list[EncodedExample]) -> bool:
+        return self.packed
 
     def _pack(self, rows: list[EncodedExample], *, share: bool = False) -> Batch:
         return pack(rows, share=share)
@@ -287,6 +294,15 @@ class LossFunction:
         }
 
     def _probe(self, base: Any, batching: str) -> None:
+        self._probe_packing(batching)
+        if self.body is None or not isinstance(self.output, torch.nn.Linear):
+            return
+        batch = self.batch(self._probe_rows()).to(next(self.model.parameters()).device)
+        direct = self.output(self._hidden(batch))
+        own = self.logits(batch)
+        self.head = proves_head(base, direct, own)
+
+    def _probe_packing(self, batching: str) -> None:
         if batching == "padded":
             self.reason = "model.batching=padded was asked for"
         elif self.virtual.keys:
@@ -295,17 +311,12 @@ class LossFunction:
             native = self.model.config._attn_implementation  # type: ignore[union-attr]
             try:
                 self.reason = self._why_not_packed()
-            except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-                self.reason = f"this model does not take packed rows: {str(error).splitlines()[0]}"
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+                what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self.reason = f"this model does not take packed rows: {what}"
             self.packed = not self.reason
             if not self.packed:
                 self.model.set_attn_implementation(native)  # type: ignore[operator]
-        if self.body is None or not isinstance(self.output, torch.nn.Linear):
-            return
-        batch = self.batch(self._probe_rows()).to(next(self.model.parameters()).device)
-        direct = self.output(self._hidden(batch))
-        own = self.logits(batch)
-        self.head = proves_head(base, direct, own)
 
     def _fuse(self, ops: Any) -> FusedDecoder:
         """The fused layers, where they give the logits of the model's own.
@@ -370,26 +381,40 @@ class LossFunction:
 
     def _why_not_packed(self) -> str:
         """Empty where packed rows give each example the logits it has alone; leaves packed attention set."""
-        rows, before = self._probe_rows(), self.virtual.before
+        rows = self._probe_rows()
+        together, bound, why = self._beside_alone(rows)
+        return why or self._why_moved(rows, 0, together, bound)
+
+    def _why_moved(self, rows: list[EncodedExample], number: int, before: torch.Tensor, bound: float) -> str:
+        """Whatever the rounding, another example in place of one must leave the logits of the others as they were."""
+        rows = list(rows)
+        rows[number] = replace(rows[number], input_ids=rows[number].input_ids[::-1].copy())
+        after = self.logits(self._pack(self.virtual.before(rows)).to(before.device)).float()
+        counts = [int(row.trained.sum()) for row in rows]
+        moved = [float(piece.abs().max()) for piece in (after - before).split(counts)]
+        most = max(moved[:number] + moved[number + 1 :])
+        return f"an example changes the logits of another by {most:.2g} in packed rows" if most > 1e-3 * bound else ""
+
+    def _beside_alone(self, rows: list[EncodedExample]) -> tuple[torch.Tensor, float, str]:
+        """Logits of packed rows ``[K, V]``; how far they may be from those of each row alone; and why they are not
+        those, empty where they are."""
+        rows = self.virtual.before(rows)
         device = next(self.model.parameters()).device
         self.model.set_attn_implementation("eager")  # type: ignore[operator]
-        alone = torch.cat([self.logits(self._pad([row]).to(device)) for row in before(rows)]).float()
-        self.model.set_attn_implementation(attention.register())  # type: ignore[operator]
-        together = self.logits(self._pack(before(rows)).to(device)).float()
+        alone = torch.cat([self.logits(self._pad([row]).to(device)) for row in rows]).float()
+        self.model.set_attn_implementation(self._attention())  # type: ignore[operator]
+        together = self.logits(self._pack(rows).to(device)).float()
         # Rounding moves bfloat16 logits of random tokens by some hundredths of their spread, on the average; a
         # wrong position or a look across a border moves them by the spread itself.
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        bound = (0.15 if half else 0.01) * float(alone.std())
+        bound = (0.15 if half else 0.01) * self._spread(alone)
         apart = float((together - alone).abs().mean())
-        if not apart <= bound:
-            return f"packed rows change this model's logits by {apart:.2g} (bound {bound:.2g})"
-        # Whatever the rounding, another first example must leave the logits of the later ones as they were.
-        rows[0].input_ids = rows[0].input_ids[::-1].copy()
-        border = int(rows[0].trained.sum())
-        moved = float((self.logits(self._pack(before(rows)).to(device)).float() - together)[border:].abs().max())
-        if moved > 1e-3 * bound:
-            return f"an example changes the logits of the next one by {moved:.2g} in packed rows"
-        return ""
+        why = "" if apart <= bound else f"packed rows change this model's logits by {apart:.2g} (bound {bound:.2g})"
+        return together, bound, why
+
+    def _spread(self, logits: torch.Tensor) -> float:
+        """How much ``[K, V]`` logits differ."""
+        return float(logits.std())
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from luthier.data.batch import Batch, pad
+from luthier.data.batch import Batch
 from luthier.data.encode import EncodedExample
 from luthier.data.masked import Masking
-from luthier.training.loss import LossFunction
+from luthier.training.encoder_loss import EncoderLoss
 
 
-class MaskedLoss(LossFunction):
-    """The summed cross-entropy of a batch's hidden tokens; see :class:`LossFunction`.
+class MaskedLoss(EncoderLoss):
+    """The summed cross-entropy of a batch's hidden tokens; see :class:`EncoderLoss`.
 
-    Rows are right-padded. The model's head turns the hidden states of the hidden tokens alone into logits, where the
-    model proves that it gives the same logits so; else its own forward turns all.
+    The model's head turns the hidden states of the hidden tokens alone into logits, where the model proves that it
+    gives the same logits so; else its own forward turns all.
 
     Args:
         model: a masked language model, wrapped by its method.
@@ -44,9 +44,7 @@ class MaskedLoss(LossFunction):
             replace(example, trained=_at(places, len(example)))
             for example, (_, places) in zip(examples, drawn, strict=True)
         ]
-        batch = pad(marked, self.pad_token_id)
-        # A decoder's target is predicted one place before it; here it is predicted where it stands.
-        batch.kept = batch.kept + 1
+        batch = super().batch(marked)
         read = np.concatenate([ids[places] for ids, places in drawn]).astype(np.int64)
         batch.input_ids.view(-1)[batch.kept] = torch.from_numpy(read)
         return batch
@@ -57,7 +55,7 @@ class MaskedLoss(LossFunction):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """``[K, V]`` logits at the hidden tokens."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs = self._inputs(batch)
         if self.head:
             with self._narrowed(batch.kept):
                 narrow: torch.Tensor = self.model(**inputs).logits[0]
@@ -92,11 +90,16 @@ class MaskedLoss(LossFunction):
         finally:
             handle.remove()
 
+    def _pad(self, rows: list[EncodedExample]) -> Batch:
+        # A decoder's target is predicted one place before it; here it is predicted where it stands.
+        batch = super()._pad(rows)
+        return replace(batch, kept=batch.kept + 1)
+
     def _probe(self, base: Any, batching: str) -> None:
-        self.reason = "a model that fills in words reads them from both sides"
-        self.body = None if base.base_model is base else base.base_model
         if self.body is None:
+            self.reason = "this model's body is no module of its own"
             return
+        self._probe_packing(batching)
         batch = self.batch(self._probe_rows()).to(next(self.model.parameters()).device)
         whole = self.logits(batch).float()
         self.head = True
