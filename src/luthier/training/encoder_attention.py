@@ -72,17 +72,17 @@ def two_way_attention(
         return out.transpose(1, 2), None
     lengths = (segments[:, 1] - segments[:, 0]).tolist()
     window = None if sliding_window is None or sliding_window >= max(lengths) else sliding_window
+    variable = attention.variable_length(query)
+    if isinstance(variable, varlen.SegmentAttention) and not dropout and window is None:
+        tokens = (t[0].transpose(0, 1) for t in (query, key, value))
+        runs = variable.layout(segments, query.device).own
+        return _Whole.apply(*tokens, variable.flash, runs, scale)[None], None
     if query.device.type == "cpu":
         outputs = []
         for q, k, v in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True):
             near = _near(q.shape[2], window, q.device)
             outputs.append(F.scaled_dot_product_attention(q, k, v, near, dropout, scale=scale))
         return torch.cat(outputs, 2).transpose(1, 2), None
-    variable = attention.variable_length(query)
-    if isinstance(variable, varlen.SegmentAttention) and not dropout and window is None:
-        tokens = (t[0].transpose(0, 1) for t in (query, key, value))
-        runs = variable.layout(segments, query.device).own
-        return _Whole.apply(*tokens, variable.flash, runs, scale)[None], None
     return _in_padded_rows(query[0], key[0], value[0], segments, scale, dropout, window), None
 
 
