@@ -222,7 +222,7 @@ def no_offset(patch):
     patch.setattr(EncoderLoss, "_positions", lambda self: (0, 64))
 
 
-def half_a_window(patch):
+def a_short_window(patch):
     def narrow(*given, sliding_window=None, segments=None, **options):
         if segments is not None and sliding_window is not None:
             sliding_window -= 1
@@ -236,7 +236,7 @@ def half_a_window(patch):
 @pytest.mark.parametrize(
     ("wrong", "family"),
     [(across_borders, "bert"), (a_later_text, "bert"), (running_positions, "bert"), (no_offset, "roberta"),
-     (half_a_window, "modernbert")],
+     (a_short_window, "modernbert")],
 )  # fmt: skip
 def test_what_is_wrong_is_noticed(wrong, family, task, monkeypatch):
     options = {"local_attention": 40} if family == "modernbert" else {}  # wider than the short rows
@@ -248,7 +248,8 @@ def test_what_is_wrong_is_noticed(wrong, family, task, monkeypatch):
     loss = loss_of(encoder(family, task, **options), task)
     monkeypatch.undo()
     encoder_attention.register()
-    assert not loss.packed and "logits" in loss.reason, loss.reason
+    assert not loss.packed, "it was not noticed"
+    assert ("states" if wrong is a_short_window else "logits") in loss.reason
     rows = rows_of(task)
     right = step(loss_of(encoder(family, task, **options), task, batching="padded"), [[row] for row in rows])
     same(step(loss, [rows]), right)

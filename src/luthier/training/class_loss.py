@@ -97,10 +97,11 @@ class ClassLoss(EncoderLoss):
         if self.body is None:
             self.reason = "this model's body is no module of its own"
         elif self.two_way:
-            for self._whole in (False, True):
+            self._probe_packing(batching)
+            if not self.packed and batching != "padded":
+                reason, self._whole = self.reason, True
                 self._probe_packing(batching)
-                if self.packed:
-                    return
+                self.reason = self.reason and reason
         else:
             super()._probe(base, batching)
             # A packed row's scores are the head's of hidden states, by definition; that they are right has been proven.

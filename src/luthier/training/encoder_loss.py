@@ -71,10 +71,7 @@ class EncoderLoss(LossFunction):
         # A token that looks across a border may look to either side.
         why = why or self._why_moved(rows, 0, together, bound) or self._why_moved(rows, len(rows) - 1, together, bound)
         windows = [call.sliding_window for call in calls.values() if call.sliding_window is not None]
-        if why or not (windows or self._places):
-            return why
-        # A window that ends a token too early changes little.
-        return self._beside_alone(self._long_rows(max(windows, default=0)), 1e-3)[2]
+        return why or self._why_not_long(max(windows, default=0))
 
     def _positions(self) -> tuple[int, int]:
         """The first position of a text, as the model's own embeddings are asked for it, and how many they have."""
@@ -98,6 +95,37 @@ class EncoderLoss(LossFunction):
                 return int(numbers[0]), places
         return 0, 0
 
+    def _why_not_long(self, window: int) -> str:
+        """Empty where the body gives each text the states it has alone in rows that are longer than its window, and
+        longer than it has positions."""
+        rows = self._probe_rows()
+        if window:
+            length = min(window + 8, self._places - self._first or window + 8)
+            vocabulary = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+            ids = np.random.default_rng(1).integers(0, vocabulary, length).astype(np.int32)
+            rows.append(self._without_padding(replace(rows[0], input_ids=ids, trained=np.arange(length) == length - 1)))
+        elif not self._places:
+            return ""
+        times = self._places // sum(map(len, rows)) + 1
+        device = next(self.model.parameters()).device
+        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+        alone = torch.cat([self._states(self._pad([row]).to(device)) for row in rows])
+        self.model.set_attn_implementation(self._attention())  # type: ignore[operator]
+        together = self._states(self._pack(rows * times).to(device))
+        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        # A window that ends a token too early changes little.
+        bound = (0.15 if half else 1e-3) * self._spread(alone)
+        apart = float((together - alone.repeat(times, 1)).abs().mean())
+        return (
+            "" if apart <= bound else f"long packed rows change this model's states by {apart:.2g} (bound {bound:.2g})"
+        )
+
+    def _states(self, batch: Batch) -> torch.Tensor:
+        """``[N, D]`` the body's last hidden states."""
+        assert self.body is not None
+        states: torch.Tensor = self.body(**self._inputs(batch)).last_hidden_state
+        return states.flatten(0, 1).float()
+
     def _spread(self, logits: torch.Tensor) -> float:
         """How much ``[K, V]`` logits differ from place to place: what all places have in common shows no mistake."""
         return float((logits - logits.mean(0)).std()) if self.two_way else super()._spread(logits)
@@ -105,20 +133,6 @@ class EncoderLoss(LossFunction):
     def _probe_rows(self) -> list[EncodedExample]:
         rows = super()._probe_rows()
         return [self._without_padding(row) for row in rows] if self.two_way else rows
-
-    def _long_rows(self, window: int) -> list[EncodedExample]:
-        """Rows longer than a sliding window, and more tokens than the model has positions."""
-        length = max(24, window + 8)
-        if self._places:
-            length = min(length, self._places - self._first)
-        rng = np.random.default_rng(1)
-        vocabulary = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        (short,) = self._probe_rows()[:1]
-        rows = [short]
-        while sum(map(len, rows)) <= max(self._places, 2 * length):
-            ids = rng.integers(0, vocabulary, length).astype(np.int32)
-            rows.append(replace(short, input_ids=ids, trained=np.arange(length) == length - 1))
-        return [self._without_padding(row) for row in rows]
 
     def _without_padding(self, row: EncodedExample) -> EncodedExample:
         ids = np.where(row.input_ids == self._padding(), (row.input_ids + 1) % 5, row.input_ids)

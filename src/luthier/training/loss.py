@@ -311,7 +311,7 @@ class LossFunction:
             native = self.model.config._attn_implementation  # type: ignore[union-attr]
             try:
                 self.reason = self._why_not_packed()
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
                 what = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 self.reason = f"this model does not take packed rows: {what}"
             self.packed = not self.reason
@@ -395,17 +395,9 @@ class LossFunction:
         most = max(moved[:number] + moved[number + 1 :])
         return f"an example changes the logits of another by {most:.2g} in packed rows" if most > 1e-3 * bound else ""
 
-    def _beside_alone(self, rows: list[EncodedExample], part: float = 0.01) -> tuple[torch.Tensor, float, str]:
-        """Packed rows, beside each of them alone.
-
-        Args:
-            rows: of any lengths.
-            part: of the logits' spread, the bound in float32.
-
-        Returns:
-            logits of packed rows ``[K, V]``; how far they may be from those of each row alone; and why they are not
-            those, empty where they are.
-        """
+    def _beside_alone(self, rows: list[EncodedExample]) -> tuple[torch.Tensor, float, str]:
+        """Logits of packed rows ``[K, V]``; how far they may be from those of each row alone; and why they are not
+        those, empty where they are."""
         rows = self.virtual.before(rows)
         device = next(self.model.parameters()).device
         self.model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -415,7 +407,7 @@ class LossFunction:
         # Rounding moves bfloat16 logits of random tokens by some hundredths of their spread, on the average; a
         # wrong position or a look across a border moves them by the spread itself.
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        bound = (0.15 if half else part) * self._spread(alone)
+        bound = (0.15 if half else 0.01) * self._spread(alone)
         apart = float((together - alone).abs().mean())
         why = "" if apart <= bound else f"packed rows change this model's logits by {apart:.2g} (bound {bound:.2g})"
         return together, bound, why
