@@ -70,8 +70,10 @@ class EncoderLoss(LossFunction):
             together, bound, why = self._beside_alone(rows)
         # A token that looks across a border may look to either side.
         why = why or self._why_moved(rows, 0, together, bound) or self._why_moved(rows, len(rows) - 1, together, bound)
-        windows = [call.sliding_window for call in calls.values() if call.sliding_window is not None]
-        return why or self._why_not_long(max(windows, default=0))
+        # A model may ask for windows by its masks alone, which a packed row has none of.
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        windows = [getattr(config, "sliding_window", None), *(call.sliding_window for call in calls.values())]
+        return why or self._why_not_long(max(window or 0 for window in windows))
 
     def _positions(self) -> tuple[int, int]:
         """The first position of a text, as the model's own embeddings are asked for it, and how many they have."""
@@ -116,9 +118,9 @@ class EncoderLoss(LossFunction):
         # A window that ends a token too early changes little.
         bound = (0.15 if half else 1e-3) * self._spread(alone)
         apart = float((together - alone.repeat(times, 1)).abs().mean())
-        return (
-            "" if apart <= bound else f"long packed rows change this model's states by {apart:.2g} (bound {bound:.2g})"
-        )
+        if not apart <= bound:
+            return f"long packed rows change this model's hidden states by {apart:.2g} (bound {bound:.2g})"
+        return ""
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """``[N, D]`` the body's last hidden states."""
