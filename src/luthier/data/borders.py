@@ -29,7 +29,7 @@ def word_numbers(text: str) -> np.ndarray:
     """
     pieces = _PIECES.findall(text)
     if not text.isascii():
-        pieces = [word for piece in pieces for word in (_chinese(piece) if _HAN.match(piece) else (piece,))]
+        pieces = [word for piece in pieces for word in (chinese_words(piece) if _HAN.match(piece) else (piece,))]
     lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
     return np.repeat(np.arange(len(pieces)), lengths)
 
@@ -56,7 +56,8 @@ def words_of_tokens(text: str, offsets: np.ndarray) -> np.ndarray:
     return found
 
 
-def _chinese(run: str) -> list[str]:
+def chinese_words(run: str) -> list[str]:
+    """A run of Chinese characters, cut into words by jieba."""
     words: list[str] = [run] if len(run) == 1 else _jieba().lcut(run)
     return words
 
