@@ -138,7 +138,7 @@ def compare(
         values["ended"] = sum(a.stopped for a in answers) / len(answers)
         values["answer_tokens"] = sum(len(a.token_ids) for a in answers) / len(answers)
         results.append(ModelResult(name, values, answers, seconds))
-    signature = metrics.bleu([a.text for a in results[0].answers], references).signature
+    signature = metrics.METRICS["bleu"].signature(references) or ""
     notes += _suspicions(results, references, max_new_tokens)
     chosen = _choose(questions, results[0].answers, results[1].answers, samples)
     return Comparison(questions, results, chosen, signature, notes)
@@ -246,35 +246,37 @@ def _table(comparison: Comparison) -> RenderableType:
         table.add_column(model.name, justify="right")
     table.add_column("change", justify="right")
     for name in base.metrics:
+        label, better, share, digits = _column(name)
         change = tuned.metrics[name] - base.metrics[name]
         style = ""
-        # Neither how long answers are nor how many end by themselves is better or worse as such.
-        if name not in ("answer_tokens", "ended") and change:
-            style = "green" if (change < 0) == (name == "perplexity") else "red"
+        if better and change:
+            style = "green" if (change > 0) == (better == "higher") else "red"
         # Shares of the rows read as per cent; BLEU and ROUGE are no shares, and perplexity and lengths are themselves.
-        times, digits, unit = (100, 1, "%") if name in _SHARES else (1, 1 if name == "answer_tokens" else 3, "")
-        shown = f"{change * times:+.{digits}f}"
+        times, places, unit = (100, 1, "%") if share else (1, digits, "")
+        shown = f"{change * times:+.{places}f}"
         table.add_row(
-            _LABELS.get(name, name),
-            *[f"{m.metrics[name] * times:.{digits}f}{unit}" for m in comparison.models],
+            label,
+            *[f"{m.metrics[name] * times:.{places}f}{unit}" for m in comparison.models],
             f"[{style}]{shown}[/]" if style else shown,
         )
     return table
 
 
-_SHARES = {"exact_match", "json_valid", "json_exact", "ended"}
-_LABELS = {
-    "bleu": "BLEU",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "exact_match": "exact match",
-    "json_valid": "valid JSON",
-    "json_exact": "JSON with every value right",
-    "perplexity": "perplexity (lower is better)",
-    "ended": "answers that end by themselves",
-    "answer_tokens": "tokens in an answer",
+# Label, what is better, whether it is a share, and digits of what is no metric of answers and references. Neither how
+# long answers are nor how many end by themselves is better or worse as such.
+_OTHERS: dict[str, tuple[str, str | None, bool, int]] = {
+    "perplexity": ("perplexity (lower is better)", "lower", False, 3),
+    "ended": ("answers that end by themselves", None, True, 1),
+    "answer_tokens": ("tokens in an answer", None, False, 1),
 }
+
+
+def _column(name: str) -> tuple[str, str | None, bool, int]:
+    """How a score is shown: its label, what is better, whether it is a share, and digits."""
+    if name in _OTHERS:
+        return _OTHERS[name]
+    metric = metrics.METRICS[name]
+    return metric.label, metric.better, metric.share, metric.digits
 
 
 def _nearer(where: str) -> str:

@@ -122,8 +122,8 @@ class FineTuneEvaluator:
             batch_size: examples answered at once.
 
         Returns:
-            ``bleu``, ``rouge1``, ``rouge2``, ``rougeL``, ``exact_match``, from 0 to 1, and ``json_valid`` and
-            ``json_exact`` where every right answer is a JSON object.
+            Every metric that applies, by name: see :func:`luthier.evaluation.metrics.score`. ``bleu``, ``chrf``,
+            ``rouge1``, ``rouge2``, ``rougeL`` and ``exact_match`` always, from 0 to 1.
 
         Raises:
             UserError: no example, or one without an answer, which is named.

@@ -31,6 +31,8 @@ class Metric(ABC):
     """None: neither is better as such"""
     share: bool = False
     """whether it is a share of the rows, or of parts of them, that reads well as per cent"""
+    wants: ClassVar[str] = ""
+    """what it applies to, where that is not everything"""
     digits: ClassVar[int] = 3
     """after the point, where it is shown as a number"""
 

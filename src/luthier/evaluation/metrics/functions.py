@@ -34,7 +34,7 @@ class FunctionMetric(MeanMetric):
         name: str | None = None,
         better: Literal["higher", "lower"] | None = "higher",
     ) -> None:
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
         self.label = self.name.replace("_", " ")
         self.better = better
         self._function = function
@@ -45,7 +45,7 @@ class FunctionMetric(MeanMetric):
         Raises:
             UserError: the function raises something, or gives what is no finite number; the row is named.
         """
-        found = []
+        found: list[float] = []
         for number, (answer, row) in enumerate(zip(answers, references, strict=True), 1):
             try:
                 value = self.row(answer, row)
@@ -81,6 +81,8 @@ def load_function(place: str) -> RowFunction:
         raise UserError(
             f"{place!r} names no function", remedy="write package.module.function, or path/to/file.py:function"
         )
+    if file.endswith(".py") and not Path(file).is_file():
+        raise UserError(f"there is no file {file}", where=place, remedy="give its path from where the command runs")
     try:
         module = _module_of(Path(file)) if file.endswith(".py") else importlib.import_module(file)
     except Exception as error:
@@ -95,13 +97,11 @@ def load_function(place: str) -> RowFunction:
             where=place,
             remedy=f"it has {shorten(', '.join(functions) or 'none')}",
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _module_of(path: Path) -> Any:
     """A file as a module of its own, under no name that another could have."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}", remedy="give its path from where the command runs")
     spec = importlib.util.spec_from_file_location(f"_metric_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)

@@ -55,7 +55,7 @@ class Rouge(MeanMetric):
         name: where it is not ``kind``.
     """
 
-    def __init__(self, kind: str, cut: Callable[[str], list[str]] = words, name: str | None = None) -> None:
+    def __init__(self, kind: str, cut: Callable[[str], Sequence[str]] = words, name: str | None = None) -> None:
         self.name = name or kind
         self.label = kind.replace("rouge", "ROUGE-") + ("" if name is None else f" ({name.removeprefix(f'{kind}_')})")
         self._kind = kind

@@ -18,6 +18,7 @@ class JsonValid(MeanMetric):
     """One JSON object and nothing else: a fence around it is something else."""
 
     name, label, share = "json_valid", "valid JSON", True
+    wants = "references that are all JSON objects"
 
     def applies(self, references: Rows) -> bool:
         return is_json(references)
@@ -30,6 +31,7 @@ class JsonExact(MeanMetric):
     """The same JSON object as a reference, whatever the order of keys and the white space."""
 
     name, label, share = "json_exact", "JSON with every value right", True
+    wants = "references that are all JSON objects"
 
     def applies(self, references: Rows) -> bool:
         return is_json(references)
@@ -46,7 +48,8 @@ class JsonFieldF1(Metric):
     is read. Any other answer has no fields, and all of the reference's are missing.
     """
 
-    name, label, share = "json_field_f1", "JSON field F1", False
+    name, label = "json_field_f1", "JSON field F1"
+    wants = "references that are all JSON objects"
 
     def applies(self, references: Rows) -> bool:
         return is_json(references)

@@ -77,10 +77,14 @@ def metrics_for(references: Rows, more: Sequence[str | RowFunction | Metric] = (
     """The metrics of :data:`METRICS` that apply to rows with these right answers, and then others.
 
     Raises:
-        UserError: one of the others is no metric.
+        UserError: one of the others is no metric, does not apply, or has the name of another.
     """
     found = {name: metric for name, metric in METRICS.items() if metric.applies(references)}
-    found |= {metric.name: metric for metric in map(metric_of, more)}
+    for metric in map(metric_of, more):
+        if not metric.applies(references):
+            raise UserError(f"{metric.name} wants {metric.wants}", remedy="leave it out, or give such rows")
+        if found.setdefault(metric.name, metric) is not metric:
+            raise UserError(f"there are two metrics of the name {metric.name}", remedy="rename the function")
     return list(found.values())
 
 
@@ -98,7 +102,7 @@ def score(
         more: metrics beside: see :func:`metric_of`.
 
     Raises:
-        UserError: as :func:`~luthier.evaluation.metrics.base.check_rows` and :func:`metric_of`.
+        UserError: as :func:`~luthier.evaluation.metrics.base.check_rows` and :func:`metrics_for`.
     """
     rows = check_rows(answers, references)
     return {metric.name: metric.score(answers, rows) for metric in metrics_for(rows, more)}

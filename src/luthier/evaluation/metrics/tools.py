@@ -39,6 +39,7 @@ class ToolCallMatch(Metric):
     """
 
     name, label, share = "tool_call_match", "right tool calls", True
+    wants = "a reference that calls a tool"
 
     def applies(self, references: Rows) -> bool:
         return any(tool_calls(reference) for row in references for reference in row)

@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from luthier.data.borders import chinese_words
 
@@ -35,12 +35,13 @@ def words(text: str) -> list[str]:
     return _CHARACTERS.findall(text.lower())
 
 
-def jieba_words(text: str) -> list[str]:
+@lru_cache(maxsize=8192)  # three ROUGE scores ask for the same texts, and jieba is slow
+def jieba_words(text: str) -> tuple[str, ...]:
     """As :func:`words`, but with Chinese cut into words by jieba."""
     found: list[str] = []
     for run in _RUNS.findall(text.lower()):
         found += chinese_words(run) if _CHINESE.match(run) else [run]
-    return found
+    return tuple(found)
 
 
 def is_chinese(text: str) -> bool:
