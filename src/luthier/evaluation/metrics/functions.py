@@ -95,7 +95,7 @@ def load_function(place: str) -> RowFunction:
         raise UserError(
             f"{file} has no function {name!r}" if function is None else f"{name!r} of {file} is no function",
             where=place,
-            remedy=f"it has {shorten(', '.join(functions) or 'none')}",
+            remedy=f"it has {', '.join(functions[:8]) or 'none'}",
         )
     return function
 

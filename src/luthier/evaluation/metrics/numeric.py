@@ -11,7 +11,7 @@ from luthier.evaluation.metrics.base import MeanMetric, Rows
 _CURRENCY = r"[$€£¥₩₹]"
 # 1,234.5 · 1234 · .5 · 1e-3; not what follows a letter (x2) or a point after digits (the last part of 1.2.3).
 _NUMBER = (
-    rf"(?:(?<![\w)\]])[-+](?:{_CURRENCY}\s?)?|{_CURRENCY}\s?[-+]?)?"
+    rf"(?:(?<![A-Za-z0-9_)\]])[-+](?:{_CURRENCY}\s?)?|{_CURRENCY}\s?[-+]?)?"
     r"(?<![A-Za-z_])(?<![0-9]\.)(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|(?<![0-9])[0-9]+)(?:\.[0-9]+)?"
     r"|(?<![0-9.])\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,23 @@ from luthier.evaluation.metrics.records import parse_json
 Call = tuple[str, str]
 """A function's name, and its arguments as JSON in one canonical form."""
 
-# <tool_call>…</tool_call> of Hermes and Qwen, and tags that other templates have; the closing one can be missing.
+# <tool_call>…</tool_call> of Hermes, Qwen and GLM, and tags that other templates have; the closing one can be missing.
 _TAGGED = re.compile(
     r"<(tool_calls?|function_calls?|functioncall|call)>(.*?)(?:</\1>|(?=<\1>)|<\|im_end\|>|<\|endoftext\|>|\Z)",
     re.DOTALL,
 )
-# <function=name><parameter=key>value</parameter></function> of Qwen3-Coder
+# Inside: Qwen3-Coder's <function=name><parameter=key>value</parameter></function>, and GLM-4.5's name and <arg_key>.
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-# [TOOL_CALLS][…] of Mistral, and its later [TOOL_CALLS]name[ARGS]{…}
-_MISTRAL = "[TOOL_CALLS]"
-_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
-# What Llama 3 puts around a call.
-_AROUND = re.compile(r"\s*(?:<\|python_tag\|>)?(.*?)(?:<\|eot_id\|>|<\|eom_id\|>)?\s*", re.DOTALL)
+_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+# What begins the calls of Mistral, DeepSeek and Llama 3, and all that stands around and between them.
+_BEGIN = re.compile(r"\[TOOL_CALLS\]|<｜tool▁calls?▁begin｜>|<\|python_tag\|>")
+_MARKS = re.compile(
+    rf"{_BEGIN.pattern}|\[CALL_ID\]\w+|\[ARGS\]|<｜[^｜]+｜>|</s>|<\|(?:eot_id|eom_id|im_end|endoftext|observation)\|>"
+)
+_NAME = re.compile(r"([\w.-]+)\n?(?=\{)")
 _BETWEEN = re.compile(r"[\s;,]*")
+_DECODER = json.JSONDecoder()
 
 
 class ToolCallMatch(Metric):
@@ -64,48 +67,56 @@ class ToolCallMatch(Metric):
 def tool_calls(text: str) -> list[Call] | None:
     """The calls in a text, sorted; ``[]`` where it calls nothing, None where it tries to and nothing could run it.
 
-    Read are ``<tool_call>`` of Hermes and Qwen (JSON, or Qwen3-Coder's tags) and its like with any text around,
-    Mistral's ``[TOOL_CALLS]``, and where it is the whole text: Llama 3's ``{"name", "parameters"}``, OpenAI's JSON and
-    lists of either. Arguments can be an object or its JSON text.
+    Read are, with any text around, ``<tool_call>`` of Hermes and Qwen (JSON), Qwen3-Coder and GLM-4.5 (tags) and its
+    like, and ``[TOOL_CALLS]`` of Mistral, ``<｜tool▁calls▁begin｜>`` of DeepSeek, ``<|python_tag|>`` of Llama 3 with
+    what follows. Where it is the whole text, also Llama 3's ``{"name", "parameters"}``, GLM-4's name and JSON, and
+    OpenAI's JSON, lists included. Arguments can be an object or its JSON text. Between tags a text has no quotes, so
+    there "12345" and 12345 are the same.
     """
     try:
         if tagged := [match[1] for match in _TAGGED.findall(text)]:
             return sorted(call for inside in tagged for call in _tagged_calls(inside))
-        if _MISTRAL in text:
-            parts = [part for part in text.split(_MISTRAL)[1:] if part.strip()]
-            return sorted(call for part in parts for call in _mistral_calls(part.strip().removesuffix("</s>"))) or None
-        whole = _AROUND.fullmatch(text)
-        return sorted(_bare_calls(whole[1] if whole else text))
+        if begin := _BEGIN.search(text):
+            return sorted(_written_calls(_MARKS.sub("", text[begin.start() :])))
+        return sorted(_bare_calls(_MARKS.sub("", text)))
     except (ValueError, RecursionError):
         return None
 
 
 def _tagged_calls(text: str) -> list[Call]:
-    if not (functions := _FUNCTION.findall(text)):
-        return _calls(_values(text))
-    return [
-        (name.strip(), _canonical({key.strip(): _lenient(value) for key, value in _PARAMETER.findall(inside)}))
-        for name, inside in functions
-    ]
+    if functions := _FUNCTION.findall(text):
+        found = [(name, _PARAMETER.findall(inside)) for name, inside in functions]
+    elif re.fullmatch(r"[\w.-]+", name := _ARGUMENT.sub("", text).strip()):
+        found = [(name, _ARGUMENT.findall(text))]
+    else:
+        return _written_calls(text)
+    return [(name.strip(), _canonical({key.strip(): _lenient(value) for key, value in pairs})) for name, pairs in found]
 
 
-def _mistral_calls(text: str) -> list[Call]:
-    if named := _NAMED.fullmatch(text):
-        return [(named[1], _arguments(named[2]))]
-    return _calls(_values(text))
+def _written_calls(text: str) -> list[Call]:
+    """Calls as JSON, or each as a name and its arguments as JSON."""
+    found: list[Call] = []
+    at = _skip(text, 0)
+    while name := _NAME.match(text, at):
+        value, at = _value(text, name.end())
+        found.append((name[1], _arguments(value)))
+        at = _skip(text, at)
+    return found + _calls(_values(text, at)) if at < len(text) or not found else found
 
 
 def _bare_calls(text: str) -> list[Call]:
-    """Calls of a text that is JSON and nothing else; other JSON, a record for example, calls nothing."""
-    if not text.lstrip().startswith(("{", "[")):
-        return []
+    """Calls of a text that is calls and nothing else; other JSON, a record for example, calls nothing."""
+    text = text.strip()
+    if _NAME.match(text):
+        try:
+            return _written_calls(text)
+        except (ValueError, RecursionError):
+            return []
     try:
-        values = _values(text)
+        values = _values(text, 0)
     except (ValueError, RecursionError):
         return []
-    if not all(map(_looks_like_calls, values)):
-        return []
-    return _calls(values)
+    return _calls(values) if values and all(map(_looks_like_calls, values)) else []
 
 
 def _looks_like_calls(value: Any) -> bool:
@@ -167,19 +178,30 @@ def _lenient(value: str) -> Any:
         return value
 
 
-def _values(text: str) -> list[Any]:
-    """JSON values that follow each other, with white space, commas or semicolons between.
+def _values(text: str, at: int) -> list[Any]:
+    """JSON values that follow each other from a place on, with white space, commas or semicolons between.
 
     Raises:
         ValueError: something else is between them.
     """
-    return list(_decoded(text))
+    found: list[Any] = []
+    while (at := _skip(text, at)) < len(text):
+        value, at = _value(text, at)
+        found.append(value)
+    return found
 
 
-def _decoded(text: str) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
-    at = 0
-    while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
-        _, end = decoder.raw_decode(text, at)
-        yield parse_json(text[at:end])
-        at = end
+def _value(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value that begins at a place, and where it ends.
+
+    Raises:
+        ValueError: there is none.
+    """
+    _, end = _DECODER.raw_decode(text, at)
+    return parse_json(text[at:end]), end
+
+
+def _skip(text: str, at: int) -> int:
+    """The place after what may stand between values."""
+    match = _BETWEEN.match(text, at)
+    return match.end() if match else at
