@@ -15,7 +15,8 @@ from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Source, TrainingExample
 from luthier.data.render import Renderer, prompt_text
 from luthier.errors import UserError
-from luthier.evaluation.comparison import compare, render_comparison
+from luthier.evaluation.comparison import compare
+from luthier.evaluation.comparison_view import render_comparison
 from luthier.evaluation.evaluator import FineTuneEvaluator
 from luthier.evaluation.generation import generate_answers
 from luthier.evaluation.perplexity import perplexity_of_examples
@@ -132,7 +133,7 @@ def test_a_peft_model_that_changes_nothing_is_noted(tokenizer, tiny_model_dir):
     comparison = compare(opened, tokenizer, rows, max_new_tokens=4)
     assert any("exactly as base" in n for n in comparison.notes)
     assert any("every score is zero" in n for n in comparison.notes)
-    assert "tok:zh" in comparison.bleu_signature
+    assert "tok:zh" in comparison.signatures["bleu"]
     assert "颜色[bold]是什么？" in _printed(render_comparison(comparison))  # not read as rich's markup
 
 

@@ -157,6 +157,61 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more: a run, adapter or model folder, an embedded name, a hub id, or URL#MODEL of an "
+            "OpenAI-compatible endpoint; [bold]NAME=[/bold] before one names it. The first is the one to beat.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[str, typer.Option(help="A file of rows with answers.", show_default=False)],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Which column holds what, as [bold]prompt=question[/bold]; repeat.", show_default=False),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message for rows that have none.")] = None,
+    max_examples: Annotated[int, typer.Option(min=1, help="The file's first rows.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
+    samples: Annotated[int, typer.Option(min=0, help="Answers shown side by side.")] = 3,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric beside those that apply: a name, or file.py:function; repeat.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write everything there, as JSON.", show_default=False)
+    ] = None,
+) -> None:
+    """Ask any models the same questions: scores with intervals, what changed and how surely, rows side by side."""
+    from luthier.comparing import compare_models
+    from luthier.errors import UserError
+    from luthier.training.runlog import write_json
+
+    columns = dict(pair.partition("=")[::2] for pair in column or ())
+    if not all(columns.values()):
+        raise UserError("--column wants part=column", where="--column", remedy="for example --column prompt=question")
+    console = _console()
+    with console.status("reading") as status:
+        found = compare_models(
+            models,
+            data,
+            columns=columns,
+            system=system,
+            max_examples=max_examples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            samples=samples,
+            more_metrics=metric or (),
+            progress=lambda name, done, total: status.update(f"{name}: {done} of {total} rows"),
+        )
+    if output is not None:
+        write_json(output, found.to_json())
+    console.print(found.render())
+
+
+@app.command()
 def classify(
     model: Annotated[Path, typer.Argument(help="A run, adapter or model folder of a classification task.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: the lines of standard input.")] = None,

@@ -1,37 +1,31 @@
-"""Base against tuned: the same questions to each model, the scores, and some answers side by side."""
+"""Models on the same questions: their scores, how sure those are, which rows improved, and what looks wrong."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from difflib import SequenceMatcher
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.data.pairs import PairEncoder
 from luthier.errors import UserError
-from luthier.evaluation import metrics
-from luthier.evaluation.generation import Answer, generate_answers
-from luthier.evaluation.perplexity import perplexity_of_examples
+from luthier.evaluation import measures, metrics
+from luthier.evaluation.contestants import Contestant, LocalModel, Models
+from luthier.evaluation.generation import Answer
+from luthier.evaluation.measures import Measure
+from luthier.evaluation.metrics.functions import RowFunction
 from luthier.evaluation.question import Question, ask, ask_source
+from luthier.evaluation.statistics import Change, Interval, Resampling, change, interval
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-Models = Sequence[tuple[str, Callable[[], AbstractContextManager[Any]]]]
-"""Names, and what gives each model for as long as it is asked: one PEFT model can so be base and tuned."""
-
-# Characters of a text that the side-by-side view shows.
-_SHOWN = 700
+# What says whether a row is right, the first that applies; rougeL where none does, or no model is right in any row.
+_RIGHT = ("tool_call_match", "json_exact", "numeric_match", "exact_match")
 
 
 @dataclass(slots=True)
@@ -39,12 +33,20 @@ class ModelResult:
     """One model's part."""
 
     name: str
-    metrics: dict[str, float]
-    """Those of :func:`luthier.evaluation.metrics.score`; ``perplexity`` of the right answers; ``ended``, the share of
-    answers that a stop token ended; ``answer_tokens``, their mean length."""
+    measures: dict[str, Measure]
     answers: list[Answer]
     seconds: float
     """Time taken by the answers."""
+    intervals: dict[str, Interval]
+    """Each measure's value and its 95% confidence interval"""
+    changes: dict[str, Change]
+    """Against the first model, where that has the measure too; empty for the first itself."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The values by name: those of :func:`luthier.evaluation.metrics.score`; ``perplexity`` of the right answers;
+        ``ended``, the share of answers that a stop token ended; ``answer_tokens``, their mean length."""
+        return {name: found.value for name, found in self.intervals.items()}
 
 
 @dataclass(slots=True)
@@ -55,32 +57,73 @@ class Comparison:
     models: list[ModelResult]
     samples: list[int]
     """Rows chosen to be shown, by index into ``questions``."""
-    bleu_signature: str
+    judged_by: str
+    """The measure that says which rows improved and which got worse."""
+    signatures: dict[str, str]
+    """What to give with a score that is published, by measure."""
     notes: list[str] = field(default_factory=list)
     """What looks wrong, in words."""
 
+    def improved(self, model: ModelResult) -> list[int]:
+        """Rows on which a model is better than the first one, the largest gain first."""
+        return self._apart(model, 1)
+
+    def worsened(self, model: ModelResult) -> list[int]:
+        """Rows on which a model is worse than the first one, the largest loss first."""
+        return self._apart(model, -1)
+
+    def _apart(self, model: ModelResult, sign: int) -> list[int]:
+        before, after = (m.measures[self.judged_by] for m in (self.models[0], model))
+        gains = sign * (after.rows - before.rows)
+        return [int(row) for row in (-gains).argsort(kind="stable") if gains[row] > 0]
+
     def render(self) -> RenderableType:
-        """See :func:`render_comparison`."""
+        """See :func:`luthier.evaluation.comparison_view.render_comparison`."""
+        from luthier.evaluation.comparison_view import render_comparison
+
         return render_comparison(self)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as what ``json.dumps`` takes: metrics by model, notes, and each row with every answer."""
+        """Everything, as what ``json.dumps`` takes: scores by model, notes, and each row with every answer."""
         rows = []
         for i, question in enumerate(self.questions):
-            answers = {m.name: asdict(m.answers[i]) for m in self.models}
+            answers = {m.name: asdict(m.answers[i]) | {"scores": _row_scores(m, i)} for m in self.models}
             rows.append(asdict(question) | {"answers": answers})
         models = {}
         for model in self.models:
-            # JSON has no NaN and no infinity.
-            values = {k: v if math.isfinite(v) else None for k, v in model.metrics.items()}
-            models[model.name] = {"metrics": values, "seconds": round(model.seconds, 3)}
+            found: dict[str, Any] = {
+                "metrics": _finite(model.metrics),
+                "intervals": {name: [_number(i.low), _number(i.high)] for name, i in model.intervals.items()},
+                "seconds": round(model.seconds, 3),
+            }
+            if model is not self.models[0]:
+                found["changes"] = {
+                    name: {key: _number(value) for key, value in asdict(c).items()} for name, c in model.changes.items()
+                }
+                found |= {"improved": self.improved(model), "worsened": self.worsened(model)}
+            models[model.name] = found
         return {
             "models": models,
+            "judged_by": self.judged_by,
             "notes": self.notes,
-            "bleu_signature": self.bleu_signature,
+            "signatures": self.signatures,
             "samples": self.samples,
             "rows": rows,
         }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _row_scores(model: ModelResult, row: int) -> dict[str, float | None]:
+    count = len(model.answers)
+    return {name: _number(float(m.rows[row])) for name, m in model.measures.items() if len(m.rows) == count}
 
 
 def compare(
@@ -95,12 +138,14 @@ def compare(
     progress: Callable[[str, int, int], None] | None = None,
     encoded: Sequence[EncodedExample] | None = None,
     pairs: PairEncoder | None = None,
+    more_metrics: Sequence[str | RowFunction | metrics.Metric] = (),
+    seed: int = 42,
 ) -> Comparison:
     """Ask every model the same questions, greedily, and score the answers.
 
     Args:
-        models: names and context managers, the base first, then the tuned one.
-        tokenizer: one for all of them.
+        models: names and context managers, the base first, then the tuned one, then any others.
+        tokenizer: of those whose context gives no :class:`Contestant`.
         examples: rows with answers.
         system: a system message for rows that have none, as in training.
         max_new_tokens: longest answer.
@@ -109,39 +154,69 @@ def compare(
         progress: told ``(name, done, total)``.
         encoded: the rows encoded as in training, to compute perplexity from.
         pairs: how sources and targets of encoder-decoder models were encoded for training; None: prompts are rendered.
+        more_metrics: metrics beside those that apply: see :func:`luthier.evaluation.metrics.metric_of`.
+        seed: of the resamples that intervals and significance come from.
 
     Raises:
-        UserError: fewer than two models, names given twice, or no row that can be asked.
+        UserError: fewer than two models, names given twice, no row that can be asked, or a metric that does not apply.
     """
     names = [name for name, _ in models]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"a comparison wants two models or more, of different names, not {names}")
     questions, notes = _questions(tokenizer, examples, system, pairs)
     references = [q.references for q in questions]
-    results = []
+    wanted = metrics.metrics_for(references, more_metrics)
+    results: list[ModelResult] = []
     for name, opened in models:
-        with opened() as model:
+        with opened() as given:
+            contestant = (
+                given if isinstance(given, Contestant) else LocalModel(given, tokenizer, encoded=encoded, pairs=pairs)
+            )
             begin = time.perf_counter()
-            answers = generate_answers(
-                model,
-                tokenizer,
-                [q.prompt for q in questions],
+            answers = contestant.answer(
+                questions,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                max_source_length=None if pairs is None else pairs.max_length,
                 progress=None if progress is None else _named(progress, name),
             )
             seconds = time.perf_counter() - begin
-            values = metrics.score([a.text for a in answers], references)
-            if encoded:
-                values["perplexity"] = perplexity_of_examples(model, encoded).perplexity
-        values["ended"] = sum(a.stopped for a in answers) / len(answers)
-        values["answer_tokens"] = sum(len(a.token_ids) for a in answers) / len(answers)
-        results.append(ModelResult(name, values, answers, seconds))
-    signature = metrics.METRICS["bleu"].signature(references) or ""
+            losses = contestant.losses()
+            notes += [f"{name}: {note}" for note in contestant.notes]
+        texts = [a.text for a in answers]
+        found = [measures.of_metric(metric, texts, references) for metric in wanted]
+        found += [] if losses is None else measures.of_losses(losses)
+        found += measures.of_answers(answers)
+        results.append(_result(name, {m.name: m for m in found}, answers, seconds, results[:1], seed))
+    signatures = {m.name: text for m in wanted if (text := m.signature(references)) is not None}
+    judged_by = next((n for n in _RIGHT if any(m.metrics.get(n) for m in results)), "rougeL")
     notes += _suspicions(results, references, max_new_tokens)
-    chosen = _choose(questions, results[0].answers, results[1].answers, samples)
-    return Comparison(questions, results, chosen, signature, notes)
+    chosen = _choose(results[0].measures, results[1].measures, judged_by, samples)
+    return Comparison(questions, results, chosen, judged_by, signatures, notes)
+
+
+def _result(
+    name: str,
+    found: dict[str, Measure],
+    answers: list[Answer],
+    seconds: float,
+    base: Sequence[ModelResult],
+    seed: int,
+) -> ModelResult:
+    intervals, changes = {}, {}
+    for key, measure in found.items():
+        resampling = Resampling(len(measure.statistics), seed=seed)
+        intervals[key] = interval(measure.value, measure.statistics, resampling)
+        before = base[0].measures.get(key) if base else None
+        if before is not None and len(before.rows) == len(measure.rows):
+            changes[key] = change(
+                measure.value,
+                before.statistics,
+                measure.statistics,
+                (before.rows, measure.rows),
+                resampling,
+                better=measure.better,
+            )
+    return ModelResult(name, found, answers, seconds, intervals, changes)
 
 
 def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:
@@ -181,18 +256,19 @@ def _suspicions(results: list[ModelResult], references: list[list[str]], limit: 
             notes.append(f"{result.name}: every answer is empty; is the end-of-turn all that was trained?")
         elif 2 * empty > count:
             notes.append(f"{result.name}: {empty} of {count} answers are empty")
-        if 2 * cut > count:
+        if 2 * cut > count and empty < count:
             notes.append(
                 f"{result.name}: {cut} of {count} answers were cut at {limit} tokens, so their scores are those of "
                 "fragments; raise evaluation.max_new_tokens, or see whether the model has learnt to stop"
             )
-        if not math.isfinite(result.metrics.get("perplexity", 0.0)):
+        values = result.metrics
+        if not math.isfinite(values.get("perplexity", 0.0)):
             notes.append(f"{result.name}: its perplexity is not a finite number; its weights may be broken")
-        if not any(result.metrics[m] for m in ("bleu", *metrics.ROUGE, "exact_match")) and empty < count:
+        if not any(values[m] for m in ("bleu", *metrics.ROUGE, "exact_match")) and empty < count:
             notes.append(f"{result.name}: every score is zero; do the references fit the questions?")
     base = results[0]
     for result in results[1:2]:
-        if [a.token_ids for a in result.answers] == [a.token_ids for a in base.answers]:
+        if [a.text for a in result.answers] == [a.text for a in base.answers]:
             notes.append(f"{result.name} answers every question exactly as {base.name}: has training changed anything?")
     if not any(r.metrics["bleu"] > 1e-4 for r in results) and all(
         len(r.split()) < 4 for row in references for r in row
@@ -201,131 +277,14 @@ def _suspicions(results: list[ModelResult], references: list[list[str]], limit: 
     return notes
 
 
-def _choose(questions: list[Question], base: list[Answer], tuned: list[Answer], count: int) -> list[int]:
+def _choose(base: dict[str, Measure], tuned: dict[str, Measure], judged_by: str, count: int) -> list[int]:
     """Rows to show: where tuning helped most, and, to be honest, the worst one where the tuned model is wrong."""
-    gains, wrong = {}, []
-    for i, question in enumerate(questions):
-        before, after = (_quality(answers[i].text, question.references) for answers in (base, tuned))
-        gains[i] = ((after[0] - before[0]), after[1] - before[1])
-        if not after[0]:
-            wrong.append(i)
+    main, near = ((m[judged_by].rows, m["rougeL"].rows) for m in (base, tuned))
+    gains = {i: (near[0][i] - main[0][i], near[1][i] - main[1][i]) for i in range(len(main[0]))}
+    wrong = [i for i in gains if near[0][i] < 1]
     ranked = sorted(gains, key=lambda i: gains[i], reverse=True)
     chosen = ranked[:count]
     if count > 1 and wrong and not any(i in wrong and gains[i] <= (0, 0.0) for i in chosen):
         worst = min(wrong, key=lambda i: gains[i])
         chosen = [*[i for i in ranked if i != worst][: count - 1], worst]
     return chosen
-
-
-def _quality(answer: str, references: list[str]) -> tuple[bool, float]:
-    """Whether an answer is right, and how near it is."""
-    right = metrics.is_exact(answer, references) or metrics.is_json_exact(answer, references)
-    return right, metrics.rouge_l(answer, references)
-
-
-def render_comparison(comparison: Comparison) -> RenderableType:
-    """A table of the metrics, the notes, and the chosen rows side by side, for a rich console."""
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[RenderableType] = [_table(comparison)]
-    parts += [Text(f"! {note}", style="yellow") for note in comparison.notes]
-    parts += [_sample(comparison, i) for i in comparison.samples]
-    if comparison.samples:
-        parts.append(Text("underlined: not in the right answer", style="dim"))
-    return Group(*parts)
-
-
-def _table(comparison: Comparison) -> RenderableType:
-    from rich.table import Table
-
-    base, tuned = comparison.models[:2]
-    table = Table(title=f"{len(comparison.questions)} rows", title_justify="left")
-    table.add_column("")
-    for model in comparison.models:
-        table.add_column(model.name, justify="right")
-    table.add_column("change", justify="right")
-    for name in base.metrics:
-        label, better, share, digits = _column(name)
-        change = tuned.metrics[name] - base.metrics[name]
-        style = ""
-        if better and change:
-            style = "green" if (change > 0) == (better == "higher") else "red"
-        # Shares of the rows read as per cent; BLEU and ROUGE are no shares, and perplexity and lengths are themselves.
-        times, places, unit = (100, 1, "%") if share else (1, digits, "")
-        shown = f"{change * times:+.{places}f}"
-        table.add_row(
-            label,
-            *[f"{m.metrics[name] * times:.{places}f}{unit}" for m in comparison.models],
-            f"[{style}]{shown}[/]" if style else shown,
-        )
-    return table
-
-
-# Label, what is better, whether it is a share, and digits of what is no metric of answers and references. Neither how
-# long answers are nor how many end by themselves is better or worse as such.
-_OTHERS: dict[str, tuple[str, str | None, bool, int]] = {
-    "perplexity": ("perplexity (lower is better)", "lower", False, 3),
-    "ended": ("answers that end by themselves", None, True, 1),
-    "answer_tokens": ("tokens in an answer", None, False, 1),
-}
-
-
-def _column(name: str) -> tuple[str, str | None, bool, int]:
-    """How a score is shown: its label, what is better, whether it is a share, and digits."""
-    if name in _OTHERS:
-        return _OTHERS[name]
-    metric = metrics.METRICS[name]
-    return metric.label, metric.better, metric.share, metric.digits
-
-
-def _nearer(where: str) -> str:
-    """A place as one would type it here: relative where it lies under the working directory."""
-    return where.removeprefix(str(Path.cwd()) + os.sep)
-
-
-def _sample(comparison: Comparison, index: int) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    question = comparison.questions[index]
-    reference = question.references[0]
-    table = Table(show_header=False, title=_nearer(question.where), title_justify="left", show_lines=True, expand=True)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(ratio=1, overflow="fold")
-    table.add_row("asked", Text(_visible(question.asked)))
-    table.add_row("right", Text(_visible(reference)))
-    answers = Table.grid(expand=True, padding=(0, 2))
-    shown = comparison.models[:2]
-    for _ in shown:
-        answers.add_column(ratio=1, overflow="fold")
-    answers.add_row(*[Text(m.name, style="bold") for m in shown])
-    answers.add_row(*[_marked(m.answers[index], reference) for m in shown])
-    table.add_row("said", answers)
-    return table
-
-
-def _marked(answer: Answer, reference: str) -> Text:
-    """An answer with what is not in the reference underlined."""
-    from rich.text import Text
-
-    if not answer.text.strip():
-        return Text("(empty)", style="dim")
-    said, right = _pieces(_visible(answer.text)), _pieces(reference)
-    text = Text()
-    for kind, begin, end, _, _ in SequenceMatcher(None, said, right, autojunk=False).get_opcodes():
-        text.append("".join(said[begin:end]), style="green" if kind == "equal" else "underline red")
-    if not answer.stopped:
-        text.append(" (cut at the limit)", style="dim")
-    return text
-
-
-def _pieces(text: str) -> list[str]:
-    """Words, single Chinese characters, runs of white space and other characters, which joined give the text."""
-    return re.findall(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]|(?:(?![\u2e80-\u9fff\uac00-\ud7af])\w)+|\s+|.", text)
-
-
-def _visible(text: str) -> str:
-    """At most ``_SHOWN`` characters, without the escape character, which a terminal would obey."""
-    text = text.replace("\x1b", "␛").strip()
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text) - _SHOWN:,} more characters)"

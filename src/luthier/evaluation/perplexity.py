@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
-from luthier.evaluation.state import measuring
+from luthier.evaluation.state import by_length, measuring
 from luthier.models.heads import Head
 from luthier.models.virtual import VirtualTokens
 
@@ -32,6 +32,13 @@ class Perplexity:
     """Nats; the mean over tokens, not over examples."""
     tokens: int
     """How many tokens were predicted."""
+    bytes: int | None = None
+    """UTF-8 bytes of the text that they stand for; None where it is not known."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """What compares models whose tokenizers cut texts differently (Gao et al., 2020, arXiv:2101.00027)."""
+        return None if not self.bytes else self.nll_per_token * self.tokens / self.bytes / math.log(2)
 
 
 def calculate_perplexity(
@@ -100,41 +107,73 @@ def _windows(ids: np.ndarray, max_length: int, stride: int) -> Iterator[EncodedE
             return
 
 
-def perplexity_of_examples(model: torch.nn.Module, examples: Sequence[EncodedExample]) -> Perplexity:
+def perplexity_of_examples(
+    model: torch.nn.Module,
+    examples: Sequence[EncodedExample],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    every_token: bool = False,
+) -> Perplexity:
     """Perplexity of the trained tokens of encoded examples: of the answers, given their prompts.
 
     The loss is the one of training: logits at those tokens alone, cross-entropy in float32.
 
+    Args:
+        model: a causal language model, or an encoder-decoder.
+        examples: encoded for it.
+        tokenizer: the model's, to count the bytes of what is predicted; None: they are not counted.
+        every_token: predict all tokens but the first of each example, prompts among them, and not the trained alone.
+
     Raises:
         UserError: no example, or none with a trained token.
+    """
+    if every_token:
+        examples = [replace(e, trained=np.arange(len(e)) > 0) for e in examples]
+    losses = losses_of_examples(model, examples)
+    total, tokens = losses.sum(0)
+    if not tokens:
+        raise UserError("no example has a token to predict", remedy="give encoded examples that have answers")
+    nll = float(total / tokens)
+    count = None if tokenizer is None else int(predicted_bytes(tokenizer, examples).sum())
+    return Perplexity(_exp(nll), nll, int(tokens), count)
+
+
+def predicted_bytes(tokenizer: PreTrainedTokenizerBase, examples: Sequence[EncodedExample]) -> np.ndarray:
+    """``[N] int64``: how many UTF-8 bytes the trained tokens of each example stand for; control tokens stand for none.
+
+    Args:
+        tokenizer: the one that encoded them.
+        examples: any.
+    """
+    texts = tokenizer.batch_decode(
+        [e.input_ids[e.trained] for e in examples], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return np.array([len(text.encode()) for text in texts], dtype=np.int64)
+
+
+def losses_of_examples(model: torch.nn.Module, examples: Sequence[EncodedExample]) -> np.ndarray:
+    """``[N, 2] float64``: of each example the summed loss of its trained tokens, in nats, and how many they are.
+
+    Args:
+        model: a causal language model, or an encoder-decoder.
+        examples: encoded for it; one without a trained token has the loss 0.
     """
     from luthier.training.loss import LossFunction
     from luthier.training.pair_loss import PairLoss
 
-    examples = [e for e in examples if e.trained.any()]
-    if not examples:
-        raise UserError("no example has a token to predict", remedy="give encoded examples that have answers")
-    total, tokens = 0.0, 0
+    found = np.zeros((len(examples), 2))
+    numbers = [number for number, example in enumerate(examples) if example.trained.any()]
+    asked = [examples[number] for number in numbers]
     with measuring(model):
         device = next(model.parameters()).device
         loss = PairLoss(model) if Head.of(model).pairs else LossFunction(model)
-        for rows in _by_budget(examples):
-            batch = loss.batch(rows).to(device)
-            total += float(loss(batch))
-            tokens += batch.trained_tokens
-    nll = total / tokens
-    return Perplexity(_exp(nll), nll, tokens)
-
-
-def _by_budget(examples: Sequence[EncodedExample]) -> Iterator[list[EncodedExample]]:
-    """Examples of like length together, as many as fit ``_TOKENS`` with padding, one at least."""
-    rows: list[Any] = []
-    for example in sorted(examples, key=len):
-        if rows and len(example) * (len(rows) + 1) > _TOKENS:
-            yield rows
-            rows = []
-        rows.append(example)
-    yield rows
+        for chosen in by_length(asked):
+            rows = [asked[place] for place in chosen]
+            values = loss.token_losses(loss.batch(rows).to(device)).double().cpu().numpy()
+            counts = [int(row.trained.sum()) for row in rows]
+            sums = np.add.reduceat(values, np.r_[0, np.cumsum(counts)[:-1]])
+            found[[numbers[place] for place in chosen]] = np.stack([sums, counts], 1)
+    return found
 
 
 def _exp(nll: float) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from luthier.data.examples import Message, TrainingExample
 from luthier.data.pairs import PairEncoder
@@ -26,6 +26,10 @@ class Question:
     """The right answers; the example's own comes first."""
     where: str
     """File and line, or the number of the row."""
+    messages: list[Message] = field(default_factory=list)
+    """The turns before the answer, for models with another template."""
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the conversation offers."""
 
 
 def ask(
@@ -60,7 +64,7 @@ def ask(
     except RenderError as error:
         raise UserError(str(error), where=where, remedy=error.remedy) from None
     asked = str(turns[-1].get("content") or "") if turns else ""
-    return Question(prompt, asked, [own, *example.references], where)
+    return Question(prompt, asked, [own, *example.references], where, turns, example.tools)
 
 
 def ask_source(pairs: PairEncoder, example: TrainingExample, number: int) -> Question:
@@ -83,7 +87,8 @@ def ask_source(pairs: PairEncoder, example: TrainingExample, number: int) -> Que
         raise UserError(
             "the example has no answer to compare with", where=where, remedy="give it an output, or leave it out"
         )
-    return Question(source, source, [str(target), *example.references], where)
+    turns: list[Message] = [{"role": "user", "content": source}]
+    return Question(source, source, [str(target), *example.references], where, turns)
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], example: TrainingExample) -> str:

@@ -254,10 +254,21 @@ class LossFunction:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Sum of the cross-entropies of the batch's targets, float32 scalar. Divide by the step's trained tokens."""
         if self.head:
-            return linear_cross_entropy(
-                self._hidden(batch), self.output.weight, getattr(self.output, "bias", None), batch.targets
-            )
+            return linear_cross_entropy(self._hidden(batch), self.output.weight, self._bias(), batch.targets)
         return F.cross_entropy(self.logits(batch).float(), batch.targets, reduction="sum")
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        """``[K] float32``: the cross-entropy of each of the batch's targets, in the order of the examples."""
+        if not self.head:
+            return F.cross_entropy(self.logits(batch).float(), batch.targets, reduction="none")
+        size, weight, bias = chunk_rows(self.output.weight), self.output.weight, self._bias()
+        pieces = zip(self._hidden(batch).split(size), batch.targets.split(size), strict=True)
+        return torch.cat([F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in pieces])
+
+    def _bias(self) -> torch.Tensor | None:
+        """``[V]`` what is added to the logits."""
+        return getattr(self.output, "bias", None)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """``[K, D]`` last hidden states at the kept positions."""

@@ -12,7 +12,7 @@ import torch
 from luthier.data.batch import Batch, PairBatch, pad_pairs, source_length
 from luthier.data.encode import EncodedExample
 from luthier.models.pairs import shifted
-from luthier.training.loss import LossFunction, linear_cross_entropy, proves_head
+from luthier.training.loss import LossFunction, proves_head
 
 
 class PairLoss(LossFunction):
@@ -37,12 +37,6 @@ class PairLoss(LossFunction):
     def batch(self, examples: list[EncodedExample], *, draw: int = 0) -> PairBatch:
         """See :meth:`LossFunction.batch`."""
         return pad_pairs(examples, self.pad_token_id, partial(shifted, self.model))
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """See :meth:`LossFunction.__call__`."""
-        if not self.head:
-            return super().__call__(batch)
-        return linear_cross_entropy(self._hidden(batch), self.output.weight, self._bias(), batch.targets)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """``[K, V]`` logits at the kept positions, by the model's own forward."""
@@ -77,7 +71,7 @@ class PairLoss(LossFunction):
         return kept if self.scale == 1.0 else kept * self.scale
 
     def _bias(self) -> torch.Tensor | None:
-        """``[V]`` what is added to the logits."""
+        """See :meth:`LossFunction._bias`; some models add one of their own."""
         own = getattr(self.output, "bias", None)
         added = getattr(self.base, "final_logits_bias", None)
         if added is None:

@@ -1,0 +1,171 @@
+"""Any models on the same rows: bases, runs, merged and quantised folders, and endpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.data.chats import ChatEncoder
+from luthier.data.examples import Reject, TrainingExample
+from luthier.data.render import Renderer
+from luthier.data.sources import read_examples
+from luthier.endpoint import Endpoint
+from luthier.errors import UserError
+from luthier.evaluation.comparison import Comparison, compare
+from luthier.evaluation.contestants import EndpointModel, LocalModel
+from luthier.methods.saved import SavedModel, load_saved
+from luthier.models.loading import load_tokenizer
+from luthier.recipe import Columns, Source
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A model to compare, by the name that tables have for it."""
+
+    name: str
+    place: str
+    """A run, adapter or model folder, an embedded name, a hub id, or ``URL#MODEL`` of an endpoint."""
+
+    @classmethod
+    def of(cls, text: str) -> Named:
+        """From ``NAME=PLACE``, or from a place, which names itself by its last part."""
+        found = re.fullmatch(r"([^=/#:]+)=(.+)", text)
+        if found:
+            return cls(found[1].strip(), found[2])
+        own = text.rpartition("#")[2] if _is_endpoint(text) else text.rstrip("/").rpartition("/")[2]
+        return cls(own or text, text)
+
+
+def _is_endpoint(place: str) -> bool:
+    return place.startswith(("http://", "https://"))
+
+
+def compare_models(
+    models: Sequence[str],
+    data: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    system: str | None = None,
+    max_examples: int | None = 200,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    samples: int = 3,
+    more_metrics: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Ask any models the questions of a file.
+
+    Each renders them by its own template. Weights are loaded one model at a time.
+
+    Args:
+        models: two or more, the first is the one that others are held against: see :class:`Named`.
+        data: a file of rows with answers.
+        columns: of the file, by what they are.
+        system: a system message for rows that have none.
+        max_examples: of the file's first rows; None: all.
+        max_new_tokens: longest answer.
+        batch_size: prompts answered at once.
+        samples: rows to choose for showing.
+        more_metrics: see :func:`luthier.evaluation.metrics.metric_of`.
+        progress: told ``(name, done, total)``.
+
+    Raises:
+        UserError: a model cannot be loaded or does not write, no row has an answer, or a row cannot be read.
+    """
+    named = [Named.of(text) for text in models]
+    examples, notes = _rows(data, columns, max_examples)
+    # Whatever is wrong with a name shows before anything is asked.
+    local = [n for n in named if not _is_endpoint(n.place)]
+    if not local:
+        raise UserError(
+            "all models are endpoints, so no template says how rows with tool calls are written",
+            remedy="name a local model as well: its answers are the ones that others are held against",
+        )
+    tokenizer = load_tokenizer(_tokenizer_of(local[0].place))
+    opened: list[tuple[str, Callable[[], Any]]] = []
+    for model in named:
+        if _is_endpoint(model.place):
+            contestant = EndpointModel(_endpoint(model.place, max_new_tokens))
+            opened.append((model.name, functools.partial(contextlib.nullcontext, contestant)))
+        else:
+            opened.append((model.name, functools.partial(_loaded, model.place, examples, system)))
+    comparison = compare(
+        opened,
+        tokenizer,
+        examples,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        samples=samples,
+        more_metrics=more_metrics,
+        progress=progress,
+    )
+    comparison.notes[:0] = notes
+    return comparison
+
+
+def _rows(data: str, columns: Mapping[str, str] | None, most: int | None) -> tuple[list[TrainingExample], list[str]]:
+    """The rows that can be asked, and notes on those that cannot."""
+    found: list[TrainingExample] = []
+    notes: list[str] = []
+    for row in read_examples(Source(path=data), Columns(**columns) if columns else None):
+        if isinstance(row, Reject):
+            notes.append(f"{row.file}:{row.line} was left out: {row.message}")
+        elif not row.is_plain_text:
+            found.append(row)
+        if most is not None and len(found) == most:
+            break
+    if not found:
+        raise UserError("no row has an answer to compare with", where=data, remedy="name a file of rows with answers")
+    return found, notes
+
+
+def _endpoint(place: str, max_new_tokens: int) -> Endpoint:
+    url, _, model = place.rpartition("#")
+    if not url:
+        raise UserError(
+            f"{place!r} names no model of the endpoint",
+            remedy="write URL#MODEL, for example http://localhost:8000/v1#my-model",
+        )
+    key = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None
+    return Endpoint(url, model, api_key_env=key, temperature=0.0, max_tokens=max_new_tokens)
+
+
+def _tokenizer_of(place: str) -> str | Path:
+    """Where a place's tokenizer lies."""
+    folder = Path(place).expanduser()
+    inner = next((folder / n for n in ("adapter", "model") if (folder / n / "tokenizer_config.json").is_file()), None)
+    return inner or (folder if folder.is_dir() else place)
+
+
+@contextlib.contextmanager
+def _loaded(place: str, examples: Sequence[TrainingExample], system: str | None) -> Iterator[LocalModel]:
+    """A model of this machine for as long as it is asked."""
+    saved = load_saved(place)
+    _require_writing(saved, place)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # What cannot be encoded has no perplexity; it is asked all the same.
+    encoder = ChatEncoder(Renderer(saved.tokenizer, system=system, train_on="last_answer", allow_special_tokens=True))
+    encoded = encoder.encode(examples)
+    model = LocalModel(saved.model.to(device), saved.tokenizer, encoded=encoded.examples, renders=True)
+    if encoded.rejects:
+        model.notes.append(f"{len(encoded.rejects):,} right answers have no perplexity: {encoded.rejects[0].message}")
+    yield model
+
+
+def _require_writing(saved: SavedModel, place: str) -> None:
+    if not saved.head.writes:
+        raise UserError(
+            f"{place!r} does not answer prompts of a chat template",
+            remedy="use `luthier evaluate RUN`, which judges each task in its own way",
+        )

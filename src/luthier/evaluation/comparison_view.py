@@ -1,0 +1,153 @@
+"""A comparison as a terminal and a report show it."""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier.evaluation.comparison import Comparison, ModelResult
+from luthier.evaluation.generation import Answer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+# Characters of a text that the side-by-side view shows.
+_SHOWN = 700
+
+
+def render_comparison(comparison: Comparison) -> RenderableType:
+    """Tables of the scores, the notes, and the chosen rows side by side, for a rich console."""
+    from rich.console import Group
+    from rich.text import Text
+
+    base, *others = comparison.models
+    parts: list[RenderableType] = []
+    if len(others) > 1:
+        parts.append(_scores(comparison))
+    parts += [_against(comparison, base, other) for other in others]
+    parts.append(Text(_legend(comparison), style="dim"))
+    parts += [Text(f"{name}: {text}", style="dim") for name, text in comparison.signatures.items()]
+    parts += [Text(f"! {note}", style="yellow") for note in comparison.notes]
+    parts += [_sample(comparison, i) for i in comparison.samples]
+    if comparison.samples:
+        parts.append(Text("underlined: not in the right answer", style="dim"))
+    return Group(*parts)
+
+
+def _scores(comparison: Comparison) -> Table:
+    """Every model's values with their intervals."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(comparison.questions):,} rows", title_justify="left")
+    table.add_column("")
+    for model in comparison.models:
+        table.add_column(model.name, justify="right")
+    for name, measure in comparison.models[0].measures.items():
+        table.add_row(measure.label, *[_value(model, name, around=True) for model in comparison.models])
+    return table
+
+
+def _value(model: ModelResult, name: str, *, around: bool = False) -> str:
+    if name not in model.intervals:
+        return "–"
+    measure, found = model.measures[name], model.intervals[name]
+    shown = measure.shown(found.value)
+    return f"{shown} \\[{measure.shown(found.low)}, {measure.shown(found.high)}]" if around else shown
+
+
+def _against(comparison: Comparison, base: ModelResult, other: ModelResult) -> Table:
+    """One model beside the first: values, the change with its interval, and rows won and lost."""
+    from rich.table import Table
+
+    table = Table(title=f"{other.name} beside {base.name}, {len(comparison.questions):,} rows", title_justify="left")
+    table.add_column("")
+    for heading in (base.name, other.name, "change", "95% interval", "p", "better/same/worse"):
+        table.add_column(heading, justify="right", no_wrap=heading != "better/same/worse")
+    for name, measure in other.measures.items():
+        found = other.changes.get(name)
+        if found is None:
+            table.add_row(measure.label, _value(base, name), _value(other, name), "", "", "", "")
+            continue
+        good = (found.value > 0) == (measure.better == "higher")
+        style = "" if measure.better is None or not found.significant else "green" if good else "red"
+        shown = measure.shown(found.value, signed=True)
+        table.add_row(
+            measure.label,
+            _value(base, name),
+            _value(other, name),
+            f"[{style}]{shown}[/]" if style else shown,
+            f"{measure.shown(found.low, signed=True)} to {measure.shown(found.high, signed=True)}",
+            "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
+            "" if measure.better is None else f"{found.wins}/{found.ties}/{found.losses}",
+        )
+    return table
+
+
+def _legend(comparison: Comparison) -> str:
+    """How to read the tables, and how many rows improved."""
+    lines = [
+        "p: how likely a change as large is between equal models, of each line alone; coloured below 0.05",
+    ]
+    base = comparison.models[0]
+    label = base.measures[comparison.judged_by].label
+    for model in comparison.models[1:]:
+        better, worse = len(comparison.improved(model)), len(comparison.worsened(model))
+        lines.append(f"{model.name}: {better:,} rows improved and {worse:,} got worse beside {base.name}, by {label}")
+    return "\n".join(lines)
+
+
+def _nearer(where: str) -> str:
+    """A place as one would type it here: relative where it lies under the working directory."""
+    return where.removeprefix(str(Path.cwd()) + os.sep)
+
+
+def _sample(comparison: Comparison, index: int) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    question = comparison.questions[index]
+    reference = question.references[0]
+    table = Table(show_header=False, title=_nearer(question.where), title_justify="left", show_lines=True, expand=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(ratio=1, overflow="fold")
+    table.add_row("asked", Text(_visible(question.asked)))
+    table.add_row("right", Text(_visible(reference)))
+    answers = Table.grid(expand=True, padding=(0, 2))
+    shown = comparison.models[:2]
+    for _ in shown:
+        answers.add_column(ratio=1, overflow="fold")
+    answers.add_row(*[Text(m.name, style="bold") for m in shown])
+    answers.add_row(*[_marked(m.answers[index], reference) for m in shown])
+    table.add_row("said", answers)
+    return table
+
+
+def _marked(answer: Answer, reference: str) -> Text:
+    """An answer with what is not in the reference underlined."""
+    from rich.text import Text
+
+    if not answer.text.strip():
+        return Text("(empty)", style="dim")
+    said, right = _pieces(_visible(answer.text)), _pieces(reference)
+    text = Text()
+    for kind, begin, end, _, _ in SequenceMatcher(None, said, right, autojunk=False).get_opcodes():
+        text.append("".join(said[begin:end]), style="green" if kind == "equal" else "underline red")
+    if not answer.stopped:
+        text.append(" (cut at the limit)", style="dim")
+    return text
+
+
+def _pieces(text: str) -> list[str]:
+    """Words, single Chinese characters, runs of white space and other characters, which joined give the text."""
+    return re.findall(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]|(?:(?![\u2e80-\u9fff\uac00-\ud7af])\w)+|\s+|.", text)
+
+
+def _visible(text: str) -> str:
+    """At most ``_SHOWN`` characters, without the escape character, which a terminal would obey."""
+    text = text.replace("\x1b", "␛").strip()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text) - _SHOWN:,} more characters)"

@@ -1,0 +1,92 @@
+"""One number of one model in a comparison: what is added up over rows, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from luthier.evaluation.generation import Answer
+from luthier.evaluation.metrics import Metric, Rows
+from luthier.evaluation.statistics import Value, column, mean_value
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A score with the statistics of its rows."""
+
+    name: str
+    label: str
+    better: Literal["higher", "lower"] | None
+    share: bool
+    """whether it reads well as per cent"""
+    digits: int
+    """after the point, where it is shown as a number"""
+    value: Value
+    statistics: np.ndarray
+    """``[N, S] float64``"""
+    rows: np.ndarray
+    """``[N] float64``: each row's own score"""
+
+    def shown(self, number: float, *, signed: bool = False) -> str:
+        """A value of it as a table has it."""
+        sign = "+" if signed else ""
+        return f"{number * 100:{sign}.1f}%" if self.share else f"{number:{sign},.{self.digits}f}"
+
+
+def of_metric(metric: Metric, answers: Sequence[str], references: Rows) -> Measure:
+    """What a metric says of the answers."""
+    return Measure(
+        metric.name,
+        metric.label,
+        metric.better,
+        metric.share,
+        metric.digits,
+        metric.value,
+        metric.statistics(answers, references),
+        metric.rows(answers, references),
+    )
+
+
+def of_answers(answers: Sequence[Answer]) -> list[Measure]:
+    """How answers end, and how long they are in tokens where that is known; neither is better as such."""
+    ended = column([answer.stopped for answer in answers])
+    found = [
+        Measure("ended", "answers that end by themselves", None, True, 1, mean_value, ended, ended[:, 0]),
+    ]
+    if any(answer.token_ids for answer in answers):
+        length = column([len(answer.token_ids) for answer in answers])
+        found.append(Measure("answer_tokens", "tokens in an answer", None, False, 1, mean_value, length, length[:, 0]))
+    return found
+
+
+def of_losses(losses: np.ndarray) -> list[Measure]:
+    """How surprised a model is by the right answers.
+
+    Args:
+        losses: ``[N, 3]`` nats, tokens and bytes of each; rows without a token are left out.
+    """
+    losses = losses[losses[:, 1] > 0]
+    nats, tokens, bytes_ = losses.T
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = np.exp(nats / tokens)
+    found = [Measure("perplexity", "perplexity of the right answer", "lower", False, 3, _perplexity, losses, rows)]
+    if bytes_.all():
+        bits = nats / bytes_ / np.log(2)
+        found.append(
+            Measure("bits_per_byte", "bits a byte of the right answer", "lower", False, 3, _bits, losses, bits)
+        )
+    return found
+
+
+def _perplexity(sums: np.ndarray, count: int) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: np.ndarray = np.exp(sums[..., 0] / sums[..., 1])
+    return found
+
+
+def _bits(sums: np.ndarray, count: int) -> np.ndarray:
+    found: np.ndarray = sums[..., 0] / sums[..., 2] / np.log(2)
+    return found

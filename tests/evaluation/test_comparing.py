@@ -1,0 +1,120 @@
+"""Any models on one file: folders, adapters, other templates and endpoints beside each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from chat_server import chat_server, said
+
+from luthier.cli import main
+from luthier.comparing import Named, compare_models
+from luthier.errors import UserError
+from luthier.models.loading import load_model, load_tokenizer
+
+ROWS = [{"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}."} for n in range(1, 7)]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"prompt": "", "response": "none asked"}]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other_dir(terse_model_dir, tmp_path_factory):
+    """The same model with other weights and another template."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    model, tokenizer = load_model(terse_model_dir), copy.deepcopy(load_tokenizer(terse_model_dir))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def answer_of(body, number):
+    """Right about small numbers."""
+    n = int(said(body).split()[2])
+    return (200, f"It is {2 * n}.") if n < 4 else (200, "I do not know.")
+
+
+def test_folders_and_an_endpoint_beside_each_other(terse_model_dir, other_dir, rows_file, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with chat_server(answer_of) as server:
+        found = compare_models(
+            [f"first={terse_model_dir}", str(other_dir), f"served={server.url}#echo"],
+            str(rows_file),
+            max_new_tokens=8,
+            samples=2,
+            more_metrics=["chrf++"],
+        )
+        assert {body["temperature"] for body in server.bodies} == {0.0} and len(server.bodies) == 6
+    assert [m.name for m in found.models] == ["first", "model", "served"]
+    first, second, served = found.models
+    # Numbers 1, 2 and 3 of 6, by exact match; nothing is known of an endpoint's losses and tokens.
+    assert served.metrics["exact_match"] == 0.5 and found.judged_by == "exact_match"
+    assert "perplexity" not in served.metrics and "answer_tokens" not in served.metrics
+    assert found.improved(served) == [0, 1, 2] and found.worsened(served) == []
+    gained = served.changes["exact_match"]
+    assert (gained.wins, gained.ties, gained.losses) == (3, 3, 0) and gained.value == 0.5
+    # Three of six rows are too few to tell: two models of eight that are equal differ so by chance.
+    assert 0.2 < gained.p < 0.3 and gained.low < 0 < gained.high
+    around = served.intervals["exact_match"]
+    assert around.low < 0.2 and around.high > 0.8
+    # The second model reads its own template, so that the same weights would have another perplexity.
+    assert second.metrics["perplexity"] != first.metrics["perplexity"] and "chrf++" in second.metrics
+    stored = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert stored["models"]["served"]["improved"] == [0, 1, 2]
+    assert stored["rows"][0]["answers"]["served"]["scores"]["exact_match"] == 1
+    assert stored["rows"][3]["answers"]["served"]["scores"]["exact_match"] == 0
+    assert any("rows.jsonl:7 was left out" in note for note in found.notes)
+
+
+def test_what_an_endpoint_does_not_answer_is_told_and_counts_as_wrong(terse_model_dir, rows_file):
+    def reply(body, number):
+        return (400, {"error": {"message": "no such thing"}}) if "5" in said(body) else answer_of(body, number)
+
+    with chat_server(reply) as server:
+        found = compare_models([str(terse_model_dir), f"{server.url}#m"], str(rows_file), max_new_tokens=4)
+    assert found.models[1].name == "m" and found.models[1].answers[4].text == ""
+    assert any(note.startswith("m: 1 of 6 questions were not answered") for note in found.notes)
+
+
+def test_the_command_prints_and_writes(terse_model_dir, other_dir, rows_file, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "found.json"
+    words = ["compare", f"a={terse_model_dir}", f"b={other_dir}", "--data", rows_file, "--max-new-tokens", 4]
+    monkeypatch.setattr(sys, "argv", ["luthier", *map(str, [*words, "-o", target])])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    printed, told = capsys.readouterr()
+    assert not stop.value.code, told
+    assert "b beside a, 6 rows" in printed and "95% interval" in printed
+    assert set(json.loads(target.read_text())["models"]) == {"a", "b"}
+
+
+def test_wrong_names_are_told(terse_model_dir, tiny_encoder_dir, rows_file, tmp_path):
+    for models, said_ in (
+        ([str(terse_model_dir)], "two models or more"),
+        ([str(terse_model_dir), str(terse_model_dir)], "different names"),
+        ([str(terse_model_dir), "http://127.0.0.1:9/v1"], "no model of the endpoint"),
+        (["http://127.0.0.1:9/v1#a", "http://127.0.0.1:9/v1#b"], "all models are endpoints"),
+    ):
+        with pytest.raises(UserError, match=said_):
+            compare_models(models, str(rows_file), max_new_tokens=4)
+    empty = tmp_path / "texts.jsonl"
+    empty.write_text('{"text": "nobody asks"}\n')
+    with pytest.raises(UserError, match="no row has an answer"):
+        compare_models([str(terse_model_dir), f"b={terse_model_dir}"], str(empty))
+
+
+def test_names():
+    assert Named.of("tuned=runs/a/adapter") == Named("tuned", "runs/a/adapter")
+    assert Named.of("runs/a/") == Named("a", "runs/a/") and Named.of("smollm2") == Named("smollm2", "smollm2")
+    assert Named.of("http://h:1/v1#org/m=2") == Named("org/m=2", "http://h:1/v1#org/m=2")
+    assert Named.of("x=http://h:1/v1#m") == Named("x", "http://h:1/v1#m")
