@@ -94,7 +94,7 @@ def test_the_command_prints_and_writes(terse_model_dir, other_dir, rows_file, tm
         main()
     printed, told = capsys.readouterr()
     assert not stop.value.code, told
-    assert "b beside a, 6 rows" in printed and "95% interval" in printed
+    assert "b beside a, 6 rows" in printed and "won/lost" in printed
     assert set(json.loads(target.read_text())["models"]) == {"a", "b"}
 
 

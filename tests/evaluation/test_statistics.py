@@ -40,10 +40,10 @@ def bleu():
     return value, statistics
 
 
-def both(ours, theirs, resampling, better="higher"):
+def both(ours, theirs, resampling, better="higher", binary=False):
     """Change between means over rows."""
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
-    return change(mean_value, column(a), column(b), (a, b), resampling, better=better)
+    return change(mean_value, column(a), column(b), (a, b), resampling, better=better, binary=binary)
 
 
 def test_bleu_is_as_sure_and_as_significant_as_sacrebleu_says(bleu):
@@ -86,7 +86,7 @@ def test_means_are_as_scipys_bootstrap_and_permutation_test_say():
 def test_shares_have_wilsons_interval(right, count):
     from scipy import stats
 
-    found = interval(mean_value, column([1.0] * right + [0.0] * (count - right)), Resampling(count))
+    found = interval(mean_value, column([1.0] * right + [0.0] * (count - right)), Resampling(count), binary=True)
     theirs = stats.binomtest(right, count).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
     # A bootstrap of rows that are all right knows no other possibility.
@@ -94,7 +94,7 @@ def test_shares_have_wilsons_interval(right, count):
 
 
 def test_two_models_that_never_differ_are_not_surely_equal():
-    same = both([1] * 20, [1] * 20, Resampling(20))
+    same = both([1] * 20, [1] * 20, Resampling(20), binary=True)
     assert (same.value, same.p, same.ties) == (0, 1, 20) and same.low < 0 < same.high
     assert not same.significant
 
@@ -102,7 +102,7 @@ def test_two_models_that_never_differ_are_not_surely_equal():
 def test_the_interval_of_a_paired_difference_of_shares():
     """The cells of Agresti and Min's formula, by hand."""
     before, after = [1] * 30 + [0] * 20 + [1] * 4 + [0] * 46, [1] * 30 + [1] * 20 + [0] * 4 + [0] * 46
-    found = both(before, after, Resampling(100))
+    found = both(before, after, Resampling(100), binary=True)
     half = 1.959963984540054 * math.sqrt(20.5 + 4.5 - (20.5 - 4.5) ** 2 / 102) / 102
     assert (found.low, found.high) == pytest.approx((16 / 102 - half, 16 / 102 + half))
     assert (found.wins, found.ties, found.losses) == (20, 76, 4) and found.value == pytest.approx(0.16)
@@ -118,7 +118,8 @@ def test_an_interval_covers_as_often_as_it_says():
         resampling = Resampling(60, resamples=500, trials=1)
         hits = (rng.random(60) < 0.85).astype(float)
         numbers, others = rng.normal(1.0, 2.0, 60), rng.normal(1.5, 2.0, 60)
-        share, mean = (interval(mean_value, column(x), resampling) for x in (hits, numbers))
+        share = interval(mean_value, column(hits), resampling, binary=True)
+        mean = interval(mean_value, column(numbers), resampling)
         apart = both(numbers, others, resampling)
         inside["share"] += share.low <= 0.85 <= share.high
         inside["mean"] += mean.low <= 1.0 <= mean.high

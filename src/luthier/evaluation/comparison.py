@@ -205,7 +205,7 @@ def _result(
     intervals, changes = {}, {}
     for key, measure in found.items():
         resampling = Resampling(len(measure.statistics), seed=seed)
-        intervals[key] = interval(measure.value, measure.statistics, resampling)
+        intervals[key] = interval(measure.value, measure.statistics, resampling, binary=measure.binary)
         before = base[0].measures.get(key) if base else None
         if before is not None and len(before.rows) == len(measure.rows):
             changes[key] = change(
@@ -215,6 +215,7 @@ def _result(
                 (before.rows, measure.rows),
                 resampling,
                 better=measure.better,
+                binary=measure.binary,
             )
     return ModelResult(name, found, answers, seconds, intervals, changes)
 

@@ -41,15 +41,19 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 
 def _scores(comparison: Comparison) -> Table:
     """Every model's values with their intervals."""
-    from rich.table import Table
-
-    table = Table(title=f"{len(comparison.questions):,} rows", title_justify="left")
+    table = _plain_table(f"{len(comparison.questions):,} rows")
     table.add_column("")
     for model in comparison.models:
         table.add_column(model.name, justify="right")
     for name, measure in comparison.models[0].measures.items():
         table.add_row(measure.label, *[_value(model, name, around=True) for model in comparison.models])
     return table
+
+
+def _plain_table(title: str) -> Table:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
 
 
 def _value(model: ModelResult, name: str, *, around: bool = False) -> str:
@@ -62,12 +66,10 @@ def _value(model: ModelResult, name: str, *, around: bool = False) -> str:
 
 def _against(comparison: Comparison, base: ModelResult, other: ModelResult) -> Table:
     """One model beside the first: values, the change with its interval, and rows won and lost."""
-    from rich.table import Table
-
-    table = Table(title=f"{other.name} beside {base.name}, {len(comparison.questions):,} rows", title_justify="left")
+    table = _plain_table(f"{other.name} beside {base.name}, {len(comparison.questions):,} rows")
     table.add_column("")
-    for heading in (base.name, other.name, "change", "95% interval", "p", "better/same/worse"):
-        table.add_column(heading, justify="right", no_wrap=heading != "better/same/worse")
+    for heading in (base.name, other.name, "change", "95% interval", "p", "won/lost"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, measure in other.measures.items():
         found = other.changes.get(name)
         if found is None:
@@ -81,9 +83,9 @@ def _against(comparison: Comparison, base: ModelResult, other: ModelResult) -> T
             _value(base, name),
             _value(other, name),
             f"[{style}]{shown}[/]" if style else shown,
-            f"{measure.shown(found.low, signed=True)} to {measure.shown(found.high, signed=True)}",
+            f"{measure.shown(found.low, signed=True)} … {measure.shown(found.high, signed=True)}",
             "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
-            "" if measure.better is None else f"{found.wins}/{found.ties}/{found.losses}",
+            "" if measure.better is None else f"{found.wins}/{found.losses}",
         )
     return table
 
@@ -91,6 +93,7 @@ def _against(comparison: Comparison, base: ModelResult, other: ModelResult) -> T
 def _legend(comparison: Comparison) -> str:
     """How to read the tables, and how many rows improved."""
     lines = [
+        "perplexity and bits per byte are those of the right answers; won/lost: rows on which it is better, or worse",
         "p: how likely a change as large is between equal models, of each line alone; coloured below 0.05",
     ]
     base = comparison.models[0]

@@ -22,6 +22,8 @@ class Measure:
     better: Literal["higher", "lower"] | None
     share: bool
     """whether it reads well as per cent"""
+    binary: bool
+    """whether a row is right or wrong and nothing between"""
     digits: int
     """after the point, where it is shown as a number"""
     value: Value
@@ -43,6 +45,7 @@ def of_metric(metric: Metric, answers: Sequence[str], references: Rows) -> Measu
         metric.label,
         metric.better,
         metric.share,
+        metric.binary,
         metric.digits,
         metric.value,
         metric.statistics(answers, references),
@@ -54,11 +57,11 @@ def of_answers(answers: Sequence[Answer]) -> list[Measure]:
     """How answers end, and how long they are in tokens where that is known; neither is better as such."""
     ended = column([answer.stopped for answer in answers])
     found = [
-        Measure("ended", "answers that end by themselves", None, True, 1, mean_value, ended, ended[:, 0]),
+        Measure("ended", "ended by itself", None, True, True, 1, mean_value, ended, ended[:, 0]),
     ]
     if any(answer.token_ids for answer in answers):
         length = column([len(answer.token_ids) for answer in answers])
-        found.append(Measure("answer_tokens", "tokens in an answer", None, False, 1, mean_value, length, length[:, 0]))
+        found.append(Measure("answer_tokens", "answer tokens", None, False, False, 1, mean_value, length, length[:, 0]))
     return found
 
 
@@ -72,12 +75,10 @@ def of_losses(losses: np.ndarray) -> list[Measure]:
     nats, tokens, bytes_ = losses.T
     with np.errstate(over="ignore", invalid="ignore"):
         rows = np.exp(nats / tokens)
-    found = [Measure("perplexity", "perplexity of the right answer", "lower", False, 3, _perplexity, losses, rows)]
+    found = [Measure("perplexity", "perplexity", "lower", False, False, 3, _perplexity, losses, rows)]
     if bytes_.all():
         bits = nats / bytes_ / np.log(2)
-        found.append(
-            Measure("bits_per_byte", "bits a byte of the right answer", "lower", False, 3, _bits, losses, bits)
-        )
+        found.append(Measure("bits_per_byte", "bits per byte", "lower", False, False, 3, _bits, losses, bits))
     return found
 
 

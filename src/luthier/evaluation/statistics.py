@@ -92,7 +92,7 @@ def _pieces(count: int, rows: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
-def interval(value: Value, statistics: np.ndarray, resampling: Resampling) -> Interval:
+def interval(value: Value, statistics: np.ndarray, resampling: Resampling, *, binary: bool = False) -> Interval:
     """A metric's value over all rows, and how far it would move with other rows of the same kind.
 
     The percentiles of the bootstrap; of a share of the rows, Wilson's interval (1927), for resamples of rows that are
@@ -102,10 +102,11 @@ def interval(value: Value, statistics: np.ndarray, resampling: Resampling) -> In
         value: the metric's.
         statistics: ``[N, S]``
         resampling: of as many rows.
+        binary: whether it is the share of rows that are right.
     """
     count = len(statistics)
     whole = float(value(statistics.sum(0), count))
-    if _is_share(statistics, whole):
+    if binary:
         return Interval(whole, *_wilson(whole, count))
     low, high = _percentiles(value(resampling.sums(statistics), count))
     return Interval(whole, low, high)
@@ -119,6 +120,7 @@ def change(
     resampling: Resampling,
     *,
     better: str | None,
+    binary: bool = False,
 ) -> Change:
     """How a model differs from another, paired by rows.
 
@@ -133,17 +135,20 @@ def change(
         rows: of both ``[N]``, the value of each row.
         resampling: of as many rows.
         better: ``higher``, ``lower``, or None where neither is.
+        binary: whether it is the share of rows that are right.
     """
     count = len(before)
     whole = float(value(after.sum(0), count)) - float(value(before.sum(0), count))
-    if _is_share(before) and _is_share(after) and _is_share(after, float(value(after.sum(0), count))):
+    if binary:
         low, high = _agresti_min(int(((after - before) > 0).sum()), int(((after - before) < 0).sum()), count)
     else:
         width = before.shape[1]
         sums = resampling.sums(np.concatenate([before, after], 1))
-        low, high = _percentiles(value(sums[:, width:], count) - value(sums[:, :width], count))
+        with np.errstate(invalid="ignore"):
+            low, high = _percentiles(value(sums[:, width:], count) - value(sums[:, :width], count))
     moved = resampling.swapped(after - before)
-    differences = value(after.sum(0) - moved, count) - value(before.sum(0) + moved, count)
+    with np.errstate(invalid="ignore"):  # of a broken model, ∞ − ∞
+        differences = value(after.sum(0) - moved, count) - value(before.sum(0) + moved, count)
     # Rounding must not let an equal difference count as a smaller one.
     as_large = int((np.abs(differences) >= abs(whole) - 1e-12).sum())
     apart = np.sign(rows[1] - rows[0]) * {"higher": 1, "lower": -1, None: 0}[better]
@@ -164,13 +169,6 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
-
-
-def _is_share(statistics: np.ndarray, value: float | None = None) -> bool:
-    """Whether a metric is the share of rows that are right."""
-    if statistics.shape[1] != 1 or not np.isin(statistics, (0.0, 1.0)).all():
-        return False
-    return value is None or math.isclose(value, float(statistics.mean()), abs_tol=1e-12)
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:

@@ -31,6 +31,8 @@ class Metric(ABC):
     """None: neither is better as such"""
     share: bool = False
     """whether it is a share of the rows, or of parts of them, that reads well as per cent"""
+    binary: bool = False
+    """whether a row is right or wrong and nothing between, so that the score is a share of the rows"""
     wants: ClassVar[str] = ""
     """what it applies to, where that is not everything"""
     digits: ClassVar[int] = 3

@@ -33,7 +33,7 @@ class NumericMatch(MeanMetric):
     numbers in words are not read.
     """
 
-    name, label, share = "numeric_match", "right number", True
+    name, label, share, binary = "numeric_match", "right number", True, True
     wants = "references that are a number or end in #### and one"
 
     def applies(self, references: Rows) -> bool:

@@ -16,7 +16,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 class ExactMatch(MeanMetric):
     """Equal to a reference, white space around both left out."""
 
-    name, label, share = "exact_match", "exact match", True
+    name, label, share, binary = "exact_match", "exact match", True, True
 
     def row(self, answer: str, references: Sequence[str]) -> float:
         return float(is_exact(answer, references))
@@ -25,7 +25,7 @@ class ExactMatch(MeanMetric):
 class ExactMatchNormalized(MeanMetric):
     """Equal to a reference once case, punctuation, English articles and white space are left out, as in SQuAD."""
 
-    name, label, share = "exact_match_normalized", "exact match, normalised", True
+    name, label, share, binary = "exact_match_normalized", "normalised match", True, True
 
     def row(self, answer: str, references: Sequence[str]) -> float:
         said = normalized(answer)

@@ -17,7 +17,7 @@ _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 class JsonValid(MeanMetric):
     """One JSON object and nothing else: a fence around it is something else."""
 
-    name, label, share = "json_valid", "valid JSON", True
+    name, label, share, binary = "json_valid", "valid JSON", True, True
     wants = "references that are all JSON objects"
 
     def applies(self, references: Rows) -> bool:
@@ -30,7 +30,7 @@ class JsonValid(MeanMetric):
 class JsonExact(MeanMetric):
     """The same JSON object as a reference, whatever the order of keys and the white space."""
 
-    name, label, share = "json_exact", "JSON with every value right", True
+    name, label, share, binary = "json_exact", "JSON all right", True, True
     wants = "references that are all JSON objects"
 
     def applies(self, references: Rows) -> bool:

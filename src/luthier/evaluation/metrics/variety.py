@@ -33,7 +33,7 @@ class Repetition(MeanMetric):
     An answer without such a run scores 0.
     """
 
-    name, label, better, share = "repetition", "repeated four-word runs", "lower", True
+    name, label, better, share = "repetition", "repetition", "lower", True
 
     def row(self, answer: str, references: Sequence[str]) -> float:
         found = ngrams(words(answer), 4)
@@ -43,7 +43,7 @@ class Repetition(MeanMetric):
 class AnswerCharacters(MeanMetric):
     """Characters of an answer."""
 
-    name, label, better, digits = "answer_characters", "characters in an answer", None, 1
+    name, label, better, digits = "answer_characters", "answer characters", None, 1
 
     def row(self, answer: str, references: Sequence[str]) -> float:
         return len(answer)
