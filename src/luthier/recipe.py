@@ -267,6 +267,9 @@ class EvaluationSection(Section):
     """Prompts answered at once."""
     samples: int = Field(3, ge=0)
     """Answers shown side by side."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics beside those that apply to the right answers: a name (docs/evaluation.md), or a function of yours as
+    file.py:function."""
 
 
 class DeploymentSection(Section):

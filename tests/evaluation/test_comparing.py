@@ -14,6 +14,8 @@ from luthier.cli import main
 from luthier.comparing import Named, compare_models
 from luthier.errors import UserError
 from luthier.models.loading import load_model, load_tokenizer
+from luthier.recipe import Recipe
+from luthier.tasks import get_task
 
 ROWS = [{"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}."} for n in range(1, 7)]
 
@@ -111,6 +113,23 @@ def test_wrong_names_are_told(terse_model_dir, tiny_encoder_dir, rows_file, tmp_
     empty.write_text('{"text": "nobody asks"}\n')
     with pytest.raises(UserError, match="no row has an answer"):
         compare_models([str(terse_model_dir), f"b={terse_model_dir}"], str(empty))
+
+
+def test_metrics_of_a_recipe_are_looked_at_before_anything_is_trained(tmp_path, terse_model_dir):
+    (tmp_path / "mine.py").write_text("def brief(answer, references):\n    return len(answer) < 40\n")
+
+    def made(metrics, task="causal_lm"):
+        content = {"task": task, "model": {"name": str(terse_model_dir)}, "evaluation": {"metrics": metrics}}
+        return Recipe.from_dict(content)
+
+    get_task("causal_lm").check(made(["chrf++", f"{tmp_path}/mine.py:brief"]))
+    for metrics, message in ((["rouge9"], "no metric 'rouge9'"), ([f"{tmp_path}/mine.py:long"], "no function 'long'")):
+        for task in ("causal_lm", "seq_to_seq"):
+            with pytest.raises(UserError, match=message) as caught:
+                get_task(task).check(made(metrics, task))
+            assert caught.value.where == "evaluation.metrics"
+    with pytest.raises(UserError, match=r"no use for evaluation\.metrics"):
+        get_task("classification").check(made(["bleu"], "classification"))
 
 
 def test_names():

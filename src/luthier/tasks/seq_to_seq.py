@@ -16,6 +16,7 @@ from luthier.data.findings import Finding, places
 from luthier.data.preview import render_encoded
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
+from luthier.evaluation.metrics import require_metrics
 from luthier.recipe import Recipe
 from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
 from luthier.tasks.text_checks import unknown_tokens
@@ -57,6 +58,7 @@ class SeqToSeq(Task):
         ):
             if given:
                 raise UserError(f"task=seq_to_seq has no use for {where}", where=where, remedy=remedy)
+        require_metrics(recipe.evaluation.metrics)
 
     def check_model(self, config: Any, name: str) -> None:
         """See :meth:`Task.check_model`."""
@@ -97,6 +99,8 @@ class SeqToSeq(Task):
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
                 samples=settings.samples,
+                more_metrics=settings.metrics,
+                seed=recipe.seed,
                 encoded=encoded,
                 pairs=dataset.pairs,
                 progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part.name} rows"),

@@ -16,6 +16,7 @@ from luthier.data.preview import render_encoded
 from luthier.data.render import prompt_messages, prompt_text
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
+from luthier.evaluation.metrics import require_metrics
 from luthier.recipe import Recipe
 from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
 from luthier.training.loss import LossFunction
@@ -34,6 +35,10 @@ class Causal(Task):
 
     type = TaskType.CAUSAL_LM
     writes = True
+
+    def check(self, recipe: Recipe) -> None:
+        """See :meth:`Task.check`."""
+        require_metrics(recipe.evaluation.metrics)
 
     def check_model(self, config: Any, name: str) -> None:
         """See :meth:`Task.check_model`."""
@@ -80,6 +85,8 @@ class Causal(Task):
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
                 samples=settings.samples,
+                more_metrics=settings.metrics,
+                seed=recipe.seed,
                 encoded=[row for row in part.encoded if row.index in wanted],
                 progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part.name} rows"),
             )

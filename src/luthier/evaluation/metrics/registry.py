@@ -73,6 +73,19 @@ def metric_of(what: str | RowFunction | Metric) -> Metric:
     )
 
 
+def require_metrics(names: Sequence[str]) -> None:
+    """Look at metrics that are asked for by name, before anything long is done.
+
+    Raises:
+        UserError: as :func:`metric_of`; the recipe's field is named.
+    """
+    for name in names:
+        try:
+            metric_of(name)
+        except UserError as error:
+            raise UserError(error.what, where="evaluation.metrics", remedy=error.remedy) from None
+
+
 def metrics_for(references: Rows, more: Sequence[str | RowFunction | Metric] = ()) -> list[Metric]:
     """The metrics of :data:`METRICS` that apply to rows with these right answers, and then others.
 
