@@ -159,6 +159,7 @@ def _train(ready: Prepared, folder: RunFolder, resume: bool, reporter: Reporter)
         ready.accelerator,
         reporter,
         ready.shards,
+        ready.task.answers(ready.recipe, ready.dataset),
     )
     try:
         outcome = trainer.run(resume=resume)

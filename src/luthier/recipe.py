@@ -246,8 +246,15 @@ class TrainingSection(Section):
     """Steps between checkpoints; empty: at every validation."""
     save_total_limit: int = Field(2, ge=1)
     """Newest checkpoints kept; the best one is kept besides."""
+    predict_with_generate: bool = False
+    """At each validation let the model answer some validation rows as well, and score the answers."""
+    generation_examples: int = Field(32, ge=1)
+    """How many it answers, of the first ones; evaluation.max_new_tokens is the longest answer."""
+    metric_for_best_model: str = "loss"
+    """What says which validation is best: the loss, or a metric of those answers (json_exact, rougeL and others,
+    docs/evaluation.md), where the loss decides between equal ones."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after so many validations without a better loss."""
+    """Stop after so many validations without a better one."""
     load_best_model_at_end: bool = True
     """Save the weights of the best validation, not the last ones."""
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])

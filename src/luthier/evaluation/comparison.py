@@ -163,7 +163,7 @@ def compare(
     names = [name for name, _ in models]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"a comparison wants two models or more, of different names, not {names}")
-    questions, notes = _questions(tokenizer, examples, system, pairs)
+    questions, notes = questions_of(tokenizer, examples, system, pairs)
     references = [q.references for q in questions]
     wanted = metrics.metrics_for(references, more_metrics)
     results: list[ModelResult] = []
@@ -224,7 +224,7 @@ def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[in
     return lambda done, total: progress(name, done, total)
 
 
-def _questions(
+def questions_of(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TrainingExample],
     system: str | None,

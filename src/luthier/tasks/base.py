@@ -110,6 +110,14 @@ class Task:
         """
         raise NotImplementedError
 
+    def answers(self, recipe: Recipe, dataset: Dataset) -> Callable[[Any], dict[str, float]] | None:
+        """What scores a model's answers to some validation rows during training; None: nothing does.
+
+        Raises:
+            UserError: no validation row can be asked, or the metric that the recipe asks for does not apply to them.
+        """
+        return None
+
     def parity_texts(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Texts for the parity gate: of the held-out rows where there are any."""
         return [e.input for e in held_out(dataset).examples[:PARITY_TEXTS]]

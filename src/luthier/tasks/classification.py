@@ -39,6 +39,11 @@ class Classification(Task):
             ("data.system", data.system is not None, "a classifier reads the text alone; leave it empty"),
             ("data.train_on", data.train_on != "answers", "a classifier's one target is the class; leave it out"),
             ("data.truncation", data.truncation == "split", "use cut, which reads the beginning, or reject"),
+            (
+                "training.predict_with_generate",
+                recipe.training.predict_with_generate,
+                "no text is written; leave it out",
+            ),
             ("evaluation.metrics", bool(recipe.evaluation.metrics), "it has scores of its own; leave them out"),
             ("model.chat_template", recipe.model.chat_template is not None, "no template is rendered; leave it empty"),
         ):

@@ -44,6 +44,11 @@ class MaskedLM(Task):
         for where, given, remedy in (
             ("data.system", data.system is not None, "the model reads the text alone; leave it empty"),
             ("data.train_on", data.train_on != "answers", "words are hidden anywhere in a text; leave it out"),
+            (
+                "training.predict_with_generate",
+                recipe.training.predict_with_generate,
+                "no text is written; leave it out",
+            ),
             ("evaluation.metrics", bool(recipe.evaluation.metrics), "it has scores of its own; leave them out"),
             ("model.chat_template", recipe.model.chat_template is not None, "no template is rendered; leave it empty"),
             (

@@ -16,9 +16,10 @@ from luthier.data.findings import Finding, places
 from luthier.data.preview import render_encoded
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
-from luthier.evaluation.metrics import require_metrics
+from luthier.evaluation.sample import AnswerSample
 from luthier.recipe import Recipe
 from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
+from luthier.tasks.sampled import check_sampling, sample_of
 from luthier.tasks.text_checks import unknown_tokens
 from luthier.training.pair_loss import PairLoss
 from luthier.training.preflight.data_checks import SAMPLE, check_rows
@@ -58,7 +59,7 @@ class SeqToSeq(Task):
         ):
             if given:
                 raise UserError(f"task=seq_to_seq has no use for {where}", where=where, remedy=remedy)
-        require_metrics(recipe.evaluation.metrics)
+        check_sampling(recipe)
 
     def check_model(self, config: Any, name: str) -> None:
         """See :meth:`Task.check_model`."""
@@ -108,6 +109,10 @@ class SeqToSeq(Task):
         write_json(target, comparison.to_json())
         console.print(comparison.render())
         return comparison
+
+    def answers(self, recipe: Recipe, dataset: Dataset) -> AnswerSample | None:
+        """See :meth:`Task.answers`."""
+        return sample_of(recipe, dataset)
 
     def parity_texts(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """See :meth:`Task.parity_texts`; sources with their prefix."""

@@ -16,9 +16,10 @@ from luthier.data.preview import render_encoded
 from luthier.data.render import prompt_messages, prompt_text
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
-from luthier.evaluation.metrics import require_metrics
+from luthier.evaluation.sample import AnswerSample
 from luthier.recipe import Recipe
 from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
+from luthier.tasks.sampled import check_sampling, sample_of
 from luthier.training.loss import LossFunction
 from luthier.training.preflight.data_checks import check_conversations
 from luthier.training.runlog import write_json
@@ -38,7 +39,7 @@ class Causal(Task):
 
     def check(self, recipe: Recipe) -> None:
         """See :meth:`Task.check`."""
-        require_metrics(recipe.evaluation.metrics)
+        check_sampling(recipe)
 
     def check_model(self, config: Any, name: str) -> None:
         """See :meth:`Task.check_model`."""
@@ -93,6 +94,10 @@ class Causal(Task):
         write_json(target, comparison.to_json())
         console.print(comparison.render())
         return comparison
+
+    def answers(self, recipe: Recipe, dataset: Dataset) -> AnswerSample | None:
+        """See :meth:`Task.answers`."""
+        return sample_of(recipe, dataset)
 
     def parity_texts(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """See :meth:`Task.parity_texts`; prompts are rendered."""

@@ -34,6 +34,8 @@ class TrainState:
     """optimiser steps done"""
     best_step: int | None = None
     best_loss: float | None = None
+    best_score: float | None = None
+    """of ``training.metric_for_best_model``, where that is not the loss"""
     evaluations_without_gain: int = 0
     tokens: int = 0
     trained_tokens: int = 0

@@ -6,7 +6,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,7 @@ class Trainer:
         accelerator: devices, processes and trackers.
         reporter: is told of the course.
         shards: the model in pieces; None: this process holds the whole of it.
+        answers: scores what a model answers at each validation; None: the loss is all that is measured.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Trainer:
         accelerator: Accelerator,
         reporter: Reporter | None = None,
         shards: Shards | Zero | None = None,
+        answers: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     ) -> None:
         settings = recipe.training
         if accelerator.device.type == "cpu":
@@ -115,6 +117,7 @@ class Trainer:
         self.settings = settings
         self.train_rows = train_rows
         self.validation_rows = validation_rows
+        self.answers = answers
         self.run_dir = run_dir
         self.reporter: Reporter = reporter if reporter is not None and accelerator.is_main_process else Silent()
         self.plan = Plan.of(recipe, method, len(train_rows), accelerator.num_processes)
@@ -291,18 +294,25 @@ class Trainer:
         began = time.perf_counter()
         loss, count = self.validation_loss()
         state = self.state
-        best = state.best_loss is None or loss < state.best_loss
+        # Every process answers the same rows, for the pieces of a divided model must be at hand all the time.
+        scores = self._mean(self.answers(self.model)) if self.answers is not None else {}
+        score = scores.get(self.settings.metric_for_best_model)
+        best = state.best_loss is None or self._is_better(loss, score)
         if best:
-            state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+            state.best_loss, state.best_score = loss, score
+            state.best_step, state.evaluations_without_gain = state.step, 0
         else:
             state.evaluations_without_gain += 1
-        record = {
+        record: dict[str, Any] = {
             "step": state.step,
             "eval_loss": loss,
             "eval_trained_tokens": count,
             "eval_seconds": round(time.perf_counter() - began, 4),
             "best": best,
         }
+        record |= {f"eval_{name}": value for name, value in scores.items()}
+        if score is not None:
+            record["best_by"] = self.settings.metric_for_best_model
         if self.loss_function.of_tokens:
             record["eval_perplexity"] = math.exp(min(loss, 700))
         self.reporter.evaluation(record)
@@ -310,6 +320,18 @@ class Trainer:
         if best and state.step and self.settings.load_best_model_at_end:
             self._save()
         return loss
+
+    def _is_better(self, loss: float, score: float | None) -> bool:
+        """Whether a validation is better than the best one so far."""
+        assert self.state.best_loss is not None
+        if score is None or self.state.best_score is None:
+            return loss < self.state.best_loss
+        return (score, -loss) > (self.state.best_score, -self.state.best_loss)
+
+    def _mean(self, scores: dict[str, float]) -> dict[str, float]:
+        """The same numbers on all processes, whose sums may be rounded differently."""
+        sums = self._sum(list(scores.values()))
+        return {name: total / self.processes.count for name, total in zip(scores, sums, strict=True)}
 
     def _save(self) -> None:
         """Begin a checkpoint of this step, once; pieces of a sharded one are written by all processes together."""
@@ -371,7 +393,13 @@ class Trainer:
             )
             return
         self.optimiser.restore(self.checkpoints.load(best).weights)
-        self.reporter.say(f"taking the weights of step {best}, the best validation ({self.state.best_loss:.4f})")
+        self.reporter.say(f"taking the weights of step {best}, the best validation ({self._best_said()})")
+
+    def _best_said(self) -> str:
+        state = self.state
+        if state.best_score is None:
+            return f"{state.best_loss:.4f}"
+        return f"{self.settings.metric_for_best_model} {state.best_score:.4f}, loss {state.best_loss:.4f}"
 
     def _stop_for(self, what: str, value: float) -> None:
         """The weights are still those of the last good step: save them, and stop.

@@ -90,7 +90,9 @@ class TerminalReporter:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         mark = "  best so far" if record.get("best") and record["step"] else ""
-        self.say(f"[dim]step {record['step']:>5}  validation loss {record['eval_loss']:.4f}{mark}[/dim]")
+        names = dict.fromkeys([record.get("best_by"), "rougeL", "exact_match"])
+        told = "".join(f"  {name} {record[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in record)
+        self.say(f"[dim]step {record['step']:>5}  validation loss {record['eval_loss']:.4f}{told}{mark}[/dim]")
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)

@@ -73,17 +73,21 @@ def metric_of(what: str | RowFunction | Metric) -> Metric:
     )
 
 
-def require_metrics(names: Sequence[str]) -> None:
+def require_metrics(names: Sequence[str], where: str = "evaluation.metrics") -> None:
     """Look at metrics that are asked for by name, before anything long is done.
 
+    Args:
+        names: of the recipe.
+        where: its field.
+
     Raises:
-        UserError: as :func:`metric_of`; the recipe's field is named.
+        UserError: as :func:`metric_of`; the field is named.
     """
     for name in names:
         try:
             metric_of(name)
         except UserError as error:
-            raise UserError(error.what, where="evaluation.metrics", remedy=error.remedy) from None
+            raise UserError(error.what, where=where, remedy=error.remedy) from None
 
 
 def metrics_for(references: Rows, more: Sequence[str | RowFunction | Metric] = ()) -> list[Metric]:
