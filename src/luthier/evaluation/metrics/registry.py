@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from luthier.errors import UserError, shorten
 from luthier.evaluation.metrics.base import Metric, References, Rows, check_rows
+from luthier.evaluation.metrics.contains import ContainsAnswer
 from luthier.evaluation.metrics.corpus import Bleu, Chrf
 from luthier.evaluation.metrics.functions import FunctionMetric, RowFunction, load_function
 from luthier.evaluation.metrics.numeric import NumericMatch
@@ -40,7 +41,11 @@ METRICS: dict[str, Metric] = {
 
 ON_REQUEST: dict[str, Metric] = {
     metric.name: metric
-    for metric in (Chrf(word_order=2), *(Rouge(kind, jieba_words, name=f"{kind}_jieba") for kind in ROUGE))
+    for metric in (
+        Chrf(word_order=2),
+        *(Rouge(kind, jieba_words, name=f"{kind}_jieba") for kind in ROUGE),
+        ContainsAnswer(),
+    )
 }
 """Variants, computed where they are asked for."""
 
