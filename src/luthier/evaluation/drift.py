@@ -10,11 +10,64 @@ from luthier.data.cleaning.language import detect_language
 
 # A text of few Latin words is English where two of them are these; py3langid wants longer texts.
 _ENGLISH = frozenset(
-    "the a an is are was were am do does did of to in on at and or not it this that what which who how when where why "
-    "you your i my we he she they there have has be can will would for with from by as if please give one".split()
+    [
+        "the",
+        "a",
+        "an",
+        "is",
+        "are",
+        "was",
+        "were",
+        "am",
+        "do",
+        "does",
+        "did",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "and",
+        "or",
+        "not",
+        "it",
+        "this",
+        "that",
+        "what",
+        "which",
+        "who",
+        "how",
+        "when",
+        "where",
+        "why",
+        "you",
+        "your",
+        "i",
+        "my",
+        "we",
+        "he",
+        "she",
+        "they",
+        "there",
+        "have",
+        "has",
+        "be",
+        "can",
+        "will",
+        "would",
+        "for",
+        "with",
+        "from",
+        "by",
+        "as",
+        "if",
+        "please",
+        "give",
+        "one",
+    ]
 )
 # Words of these stand in other languages too.
-_SHARED = frozenset("a an i on am me he we do in as at by or has".split())
+_SHARED = frozenset(["a", "an", "i", "on", "am", "me", "he", "we", "do", "in", "as", "at", "by", "or", "has"])
 _LEAST_WORDS = 4
 _SURE = 0.9
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+", re.DOTALL)

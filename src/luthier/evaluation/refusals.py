@@ -13,7 +13,10 @@ _HELP = (
     r"discuss|share|support|offer|give (?:you|advice|information)|do that|tell you|respond|recommend)"
 )
 _NOT_ABLE = "(?:无法|不能|没办法|没有办法|不可以|不便|拒绝|没有能力|不具备)"
-_ACT = "(?:提供|回答|协助|帮助|帮你|帮您|满足|完成这|执行这|执行该|生成|讨论|参与|告诉|透露|处理|给出|继续|支持|为您|为你|给您|给你)"
+_ACT = (
+    "(?:提供|回答|协助|帮助|帮你|帮您|满足|完成这|执行这|执行该|生成|讨论|参与|"
+    "告诉|透露|处理|给出|继续|支持|为您|为你|给您|给你)"
+)
 
 PATTERNS: dict[str, tuple[str, ...]] = {
     "en": (
@@ -26,7 +29,6 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         rf"i['’]?m (?:just|only) an? (?:ai|language model)\b[^.!?\n]{{0,60}}?\b(?:{_CANNOT}|do not|don['’]t)\b",
         # "I cannot help with that", "I'm not able to provide"
         rf"(?:but |however, )?i ?{_CANNOT}(?: to)? {_HELP}\b",
-        rf"i['’]m (?:not able|unable) to {_HELP}\b",
         r"i (?:must|have to|need to|will have to|would have to) (?:respectfully |politely )?(?:decline|refuse)\b",
         rf"i (?:respectfully |politely )?(?:decline|refuse) to {_HELP}\b",
         r"i (?:do not|don['’]t) (?:feel )?comfortable (?:with )?\w+ing\b",
@@ -36,7 +38,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     ),
     "zh": (
         # 抱歉，我无法…；很遗憾，作为一个语言模型，我不能…
-        rf"(?:非常|很|十分|真的)?(?:抱歉|对不起|不好意思|遗憾)[，,。！!：:\s]*[^。！？\n]{{0,24}}?(?:我|本模型|本助手)(?:还|暂时|目前)?{_NOT_ABLE}",
+        rf"(?:非常|很|十分|真的)?(?:抱歉|对不起|不好意思|遗憾)[，,。！!：:\s]*[^。！？\n]{{0,24}}?"
+        rf"(?:我|本模型|本助手)(?:还|暂时|目前)?{_NOT_ABLE}",
         # 作为一个人工智能，我没有…
         r"(?:我)?(?:作为|只是)(?:一个|一名|一款|一种)?(?:AI|人工智能|大型语言模型|大语言模型|语言模型|智能助手|虚拟助手)"
         rf"[^。！？\n]{{0,24}}?(?:{_NOT_ABLE}|不会提供|没有个人|没有权限)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def _pattern(reference: str) -> re.Pattern[str]:
     if not pieces:
         return re.compile("(?!)")
     found = re.escape(pieces[0])
-    for before, piece in zip(pieces, pieces[1:], strict=False):
+    for before, piece in itertools.pairwise(pieces):
         apart = before[-1].isascii() and piece[0].isascii() and before[-1].isdigit() == piece[0].isdigit()
         found += (r"[\W_]+" if apart else r"[\W_]*") + re.escape(piece)
     return re.compile(_before(pieces[0]) + found + _behind(pieces[-1]))
