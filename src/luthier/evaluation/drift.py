@@ -9,65 +9,12 @@ from collections.abc import Sequence
 from luthier.data.cleaning.language import detect_language
 
 # A text of few Latin words is English where two of them are these; py3langid wants longer texts.
-_ENGLISH = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "is",
-        "are",
-        "was",
-        "were",
-        "am",
-        "do",
-        "does",
-        "did",
-        "of",
-        "to",
-        "in",
-        "on",
-        "at",
-        "and",
-        "or",
-        "not",
-        "it",
-        "this",
-        "that",
-        "what",
-        "which",
-        "who",
-        "how",
-        "when",
-        "where",
-        "why",
-        "you",
-        "your",
-        "i",
-        "my",
-        "we",
-        "he",
-        "she",
-        "they",
-        "there",
-        "have",
-        "has",
-        "be",
-        "can",
-        "will",
-        "would",
-        "for",
-        "with",
-        "from",
-        "by",
-        "as",
-        "if",
-        "please",
-        "give",
-        "one",
-    ]
+_ENGLISH = re.compile(
+    "the|a|an|is|are|was|were|am|do|does|did|of|to|in|on|at|and|or|not|it|this|that|what|which|who|how|when|where|why|"
+    "you|your|i|my|we|he|she|they|there|have|has|be|can|will|would|for|with|from|by|as|if|please|give|one"
 )
 # Words of these stand in other languages too.
-_SHARED = frozenset(["a", "an", "i", "on", "am", "me", "he", "we", "do", "in", "as", "at", "by", "or", "has"])
+_SHARED = re.compile("a|an|i|on|am|me|he|we|do|in|as|at|by|or|has")
 _LEAST_WORDS = 4
 _SURE = 0.9
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+", re.DOTALL)
@@ -83,7 +30,8 @@ _LANGUAGES = (
 )
 _CHINESE_NAMES = "英|汉|中|法|德|日|俄|韩|西班牙|葡萄牙|意大利|阿拉伯|泰|越南|拉丁|粤"
 _TRANSLATION = re.compile(
-    rf"\btranslat(?:e|es|ed|ing|ion)\b|\b(?:in|into|to|using) (?:{_LANGUAGES})\b|\b(?:{_LANGUAGES}) (?:word|for|version)\b"
+    rf"\btranslat(?:e|es|ed|ing|ion)\b|\b(?:in|into|to|using) (?:{_LANGUAGES})\b"
+    rf"|\b(?:{_LANGUAGES}) (?:word|for|version)\b"
     rf"|翻译|译[成为作]|(?:用|以|写|说|改)成?(?:{_CHINESE_NAMES})(?:语|文)|(?:{_CHINESE_NAMES})(?:语|文)(?:怎么|如何|版|回答)",
     re.IGNORECASE,
 )
@@ -104,8 +52,9 @@ def language_of(text: str) -> str | None:
         language, sure = found
         return language if sure >= _SURE or language in ("zh", "ja", "ko") else None
     words = [word.lower() for word in _WORD.findall(text)]
-    known = {word for word in words if word in _ENGLISH}
-    if len(words) >= _LEAST_WORDS and not _OTHER_LETTER.search(text) and len(known) >= 2 and known - _SHARED:
+    known = set(filter(_ENGLISH.fullmatch, words))
+    own = [word for word in known if not _SHARED.fullmatch(word)]
+    if len(words) >= _LEAST_WORDS and not _OTHER_LETTER.search(text) and len(known) >= 2 and own:
         return "en"
     return None
 
