@@ -8,8 +8,9 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console, Group
@@ -21,6 +22,7 @@ from luthier.deployment.adapters import AdapterSet, CombinedAdapter, require_unu
 from luthier.deployment.merge import PROMPTS, claim, merge_adapter
 from luthier.deployment.parity import ParityReport
 from luthier.errors import UserError
+from luthier.evaluation.comparison import Comparison
 from luthier.methods import get_method
 from luthier.methods.combination import CombinationType
 from luthier.methods.saved import AdapterFolder, adapter_dtype, load_saved
@@ -29,14 +31,30 @@ from luthier.recipe import Recipe
 from luthier.runfolder import RunFolder
 from luthier.tasks import Judgement, get_task
 from luthier.training.checkpoint import writing
+from luthier.training.runlog import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COMBINED = "luthier_combine.json"
 
 
 def evaluate_run(
-    path: str | Path, *, data: str | None = None, overrides: Sequence[str] = (), console: Console
+    path: str | Path,
+    *,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    harm: bool = False,
+    console: Console,
 ) -> Judgement:
     """Compare base, tuned and (where it exists) merged of a finished run, on its held-out rows or on another file.
+
+    Args:
+        path: the run folder.
+        data: a file of rows to ask instead of the held-out ones.
+        overrides: settings that win over the recipe's.
+        harm: measure what tuning has cost too, as ``evaluation.harm`` of the recipe does.
+        console: where tables are printed.
 
     Raises:
         UserError: the folder holds no finished run, or no row has an answer to compare with.
@@ -70,12 +88,36 @@ def evaluate_run(
         models.append(("merged", lambda: contextlib.nullcontext(load_model(folder.path / "merged"))))
     name = Path(data).stem if data else "comparison"
     task = get_task(recipe.task.name)
-    comparison = task.judge(recipe, dataset, models, folder.path / "evaluation" / f"{name}.json", console)
+    if harm and not task.writes:
+        raise UserError(
+            f"harm is measured of models that answer prompts, and task={task.type} makes none",
+            where="--harm",
+            remedy="leave it out",
+        )
+    target = folder.path / "evaluation" / f"{name}.json"
+    comparison = task.judge(recipe, dataset, models, target, console)
+    if isinstance(comparison, Comparison) and (note := _other_template(folder, saved.tokenizer)):
+        comparison.notes.insert(0, note)
+        write_json(target, comparison.to_json())
+        console.print(f"! {note}", style="yellow", highlight=False)
+    if harm or recipe.evaluation.harm:
+        task.judge_harm(recipe, dataset, models, target.with_name("harm.json"), console, comparison)
     if comparison is None:
         raise UserError(
             "no held-out row has a right answer to compare with", where=str(folder.path), remedy="give --data"
         )
     return comparison
+
+
+def _other_template(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A note where a run's saved chat template is not the one of its training."""
+    trained = folder.manifest.get("chat_template_sha256") if folder.manifest else None
+    if trained is None or trained == sha256(str(tokenizer.chat_template).encode()).hexdigest():
+        return None
+    return (
+        "the saved chat template is not the one that the run was trained with (chat_template_sha256 in manifest.json), "
+        "so scores are those of another prompt; put the template of the training back beside the saved tokenizer"
+    )
 
 
 def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, ParityReport]:

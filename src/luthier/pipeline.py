@@ -180,7 +180,11 @@ def _evaluate(ready: Prepared, folder: RunFolder, console: Console, manifest: di
     ]
     try:
         target = folder.path / "evaluation/comparison.json"
-        return ready.task.judge(ready.recipe, ready.dataset, models, target, console)
+        found = ready.task.judge(ready.recipe, ready.dataset, models, target, console)
+        if ready.recipe.evaluation.harm:
+            harm = folder.path / "evaluation/harm.json"
+            ready.task.judge_harm(ready.recipe, ready.dataset, models, harm, console, found)
+        return found
     except UserError as error:
         manifest["evaluation_error"] = str(error)
         console.print(f"the model is saved, but could not be compared: {error}", style="yellow", highlight=False)

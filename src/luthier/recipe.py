@@ -277,6 +277,13 @@ class EvaluationSection(Section):
     metrics: list[str] = Field(default_factory=list)
     """Metrics beside those that apply to the right answers: a name (docs/evaluation.md), or a function of yours as
     file.py:function."""
+    harm: bool = False
+    """Measure what tuning has cost as well: forgetting, memorisation, refusals, answers in another language. It takes
+    about as long as the comparison; `luthier evaluate RUN --harm` does it later."""
+    general: list[Source] = Field(default_factory=list)
+    """Rows that should not be forgotten either, beside the general set that comes with luthier; with harm."""
+
+    _listed = field_validator("general", mode="before")(_as_list)
 
 
 class DeploymentSection(Section):
@@ -368,7 +375,7 @@ class Recipe(Section):
         """A copy whose relative data and template paths start at ``folder``."""
         recipe = self.model_copy(deep=True)
         data = recipe.data
-        for source in (*data.train, *data.validation, *data.test, *data.benchmarks):
+        for source in (*data.train, *data.validation, *data.test, *data.benchmarks, *recipe.evaluation.general):
             if not source.path.startswith("hub:"):
                 source.path = _anchored(source.path, folder)
         for step in (*data.clean, *data.augment):
@@ -398,7 +405,10 @@ def _anchored(path: str, folder: Path) -> str:
 def _from_here(override: str) -> str:
     """A path given on the command line starts at the working folder, not at the recipe's."""
     key, _, value = override.partition("=")
-    known = ("data.train", "data.validation", "data.test", "data.benchmarks", "model.chat_template", "model.name")
+    known = (
+        *("data.train", "data.validation", "data.test", "data.benchmarks", "evaluation.general"),
+        *("model.chat_template", "model.name"),
+    )
     return f"{key}={Path(value).absolute()}" if key.strip() in known and Path(value).exists() else override
 
 

@@ -149,11 +149,14 @@ def evaluate(
     run: RunPath,
     overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="Rows to ask instead of the run's own held-out ones.")] = None,
+    harm: Annotated[
+        bool, typer.Option("--harm", help="Measure what was forgotten, memorised, is refused now or drifts.")
+    ] = False,
 ) -> None:
     """Compare base, tuned and merged model on held-out rows."""
     from luthier.finished import evaluate_run
 
-    evaluate_run(run, data=data, overrides=overrides or (), console=_console())
+    evaluate_run(run, data=data, overrides=overrides or (), harm=harm, console=_console())
 
 
 @app.command()

@@ -19,6 +19,7 @@ from luthier.evaluation.measures import Measure
 from luthier.evaluation.metrics.functions import RowFunction
 from luthier.evaluation.question import Question, ask, ask_source
 from luthier.evaluation.statistics import Change, Interval, Resampling, change, interval
+from luthier.evaluation.suspicions import suspicions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -182,6 +183,8 @@ def compare(
             seconds = time.perf_counter() - begin
             losses = contestant.losses()
             notes += [f"{name}: {note}" for note in contestant.notes]
+            own = getattr(contestant, "tokenizer", None) if pairs is None else None
+            notes += suspicions(name, questions, answers, own)
         texts = [a.text for a in answers]
         found = [measures.of_metric(metric, texts, references) for metric in wanted]
         found += [] if losses is None else measures.of_losses(losses)

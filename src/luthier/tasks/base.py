@@ -118,6 +118,30 @@ class Task:
         """
         return None
 
+    def judge_harm(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        models: Models,
+        target: Path,
+        console: Console,
+        judged: Judgement | None = None,
+    ) -> Judgement | None:
+        """Measure what tuning has cost, print it and write it to ``target``.
+
+        Args:
+            recipe: its evaluation section.
+            dataset: training rows are asked for memorisation, held-out ones beside them.
+            models: the base and the tuned one come first; others are not asked.
+            target: the JSON file to write.
+            console: where the table is printed.
+            judged: what :meth:`judge` gave, whose answers need not be given again.
+
+        Returns:
+            None where models of this task do not answer prompts.
+        """
+        return None
+
     def parity_texts(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Texts for the parity gate: of the held-out rows where there are any."""
         return [e.input for e in held_out(dataset).examples[:PARITY_TEXTS]]

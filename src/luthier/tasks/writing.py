@@ -12,13 +12,15 @@ from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample, Encoder
 from luthier.data.examples import TaskType
 from luthier.data.findings import Finding
+from luthier.data.loader import load_source
 from luthier.data.preview import render_encoded
 from luthier.data.render import prompt_messages, prompt_text
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
+from luthier.evaluation.harm import HarmReport, measure_harm
 from luthier.evaluation.sample import AnswerSample
 from luthier.recipe import Recipe
-from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
+from luthier.tasks.base import PARITY_TEXTS, Judgement, Models, Task, asked_part, held_out, register
 from luthier.tasks.sampled import check_sampling, sample_of
 from luthier.training.loss import LossFunction
 from luthier.training.preflight.data_checks import check_conversations
@@ -99,6 +101,41 @@ class Causal(Task):
         """See :meth:`Task.answers`."""
         return sample_of(recipe, dataset)
 
+    def judge_harm(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        models: Models,
+        target: Path,
+        console: Console,
+        judged: Judgement | None = None,
+    ) -> HarmReport:
+        """See :meth:`Task.judge_harm`."""
+        settings = recipe.evaluation
+        answered = None
+        if isinstance(judged, Comparison):
+            base, tuned = judged.models[:2]
+            answered = (judged.questions, base.answers, tuned.answers)
+        more = {
+            Path(source.path).stem: load_source(source, recipe.data.columns).examples for source in settings.general
+        }
+        with console.status("measuring harm") as status:
+            report = measure_harm(
+                models[:2],
+                dataset.tokenizer,
+                training=dataset.train.examples,
+                held_out=asked_part(dataset).examples,
+                answered=answered,
+                more=more,
+                system=dataset.system,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                progress=lambda what, done, total: status.update(f"{what}: {done} of {total}"),
+            )
+        write_json(target, report.to_json())
+        console.print(report.render())
+        return report
+
     def parity_texts(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """See :meth:`Task.parity_texts`; prompts are rendered."""
         return [
@@ -114,7 +151,11 @@ class Causal(Task):
             lines.append(f"transformers serve {folder}/merged" + "  or any server that loads a model folder")
         else:
             lines.append(f"transformers serve {folder}/model" + "  or any server that loads a model folder")
-        return [*lines, f"luthier evaluate {folder} --data FILE" + "  judge it on other rows"]
+        return [
+            *lines,
+            f"luthier evaluate {folder} --data FILE" + "  judge it on other rows",
+            f"luthier evaluate {folder} --harm" + " " * 7 + "what it forgot, memorised, refuses now",
+        ]
 
 
 @register
