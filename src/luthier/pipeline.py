@@ -110,7 +110,8 @@ def _run(
             report.require()
             folder.clear()
         record.start(report)
-    comparison = None
+    comparison: Judgement | None = None
+    judged: list[Judgement] = []
     kept = record.kept() if record is not None else contextlib.nullcontext()
     with kept, processes.telling(Interrupted), _memory_explained(folder):
         if processes.main:
@@ -122,11 +123,12 @@ def _run(
         if record is not None:
             record.trained(outcome)
             parity = [_save(ready, folder)]
-            comparison = _evaluate(ready, folder, console, record.manifest) if recipe.evaluation.enabled else None
+            if recipe.evaluation.enabled:
+                comparison, judged = _evaluate(ready, folder, console, record.manifest)
             if recipe.deployment.merge:
                 parity.append(merge_run(ready, folder))
             record.manifest["parity"] = [p.to_dict() for p in parity]
-            write_report(folder, report, comparison)
+            write_report(folder, report, judged)
             record.finish("finished")
     prompts = ready.task.parity_texts(ready.dataset, ready.tokenizer)
     return RunResult(folder.path, folder.saved, outcome, comparison, ready.model, ready.tokenizer, prompts)
@@ -172,23 +174,34 @@ def _train(ready: Prepared, folder: RunFolder, resume: bool, reporter: Reporter)
     return outcome
 
 
-def _evaluate(ready: Prepared, folder: RunFolder, console: Console, manifest: dict[str, Any]) -> Judgement | None:
-    """Base against tuned. What was trained is saved by now, so a comparison that fails is told and costs no run."""
+def _evaluate(
+    ready: Prepared, folder: RunFolder, console: Console, manifest: dict[str, Any]
+) -> tuple[Judgement | None, list[Judgement]]:
+    """Base against tuned, and the harm where the recipe asks for it.
+
+    What was trained is saved by now, so a comparison that fails is told and costs no run.
+
+    Returns:
+        the comparison, and all that the report shows.
+    """
     models: list[tuple[str, Callable[[], Any]]] = [
         ("base", _as_base(ready)),
         ("tuned", lambda: contextlib.nullcontext(ready.model)),
     ]
+    found: Judgement | None = None
+    judged: list[Judgement] = []
     try:
         target = folder.path / "evaluation/comparison.json"
         found = ready.task.judge(ready.recipe, ready.dataset, models, target, console)
+        judged += [] if found is None else [found]
         if ready.recipe.evaluation.harm:
-            harm = folder.path / "evaluation/harm.json"
-            ready.task.judge_harm(ready.recipe, ready.dataset, models, harm, console, found)
-        return found
+            target = target.with_name("harm.json")
+            harm = ready.task.judge_harm(ready.recipe, ready.dataset, models, target, console, found)
+            judged += [] if harm is None else [harm]
     except UserError as error:
         manifest["evaluation_error"] = str(error)
         console.print(f"the model is saved, but could not be compared: {error}", style="yellow", highlight=False)
-        return None
+    return found, judged
 
 
 def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
@@ -259,13 +272,13 @@ def _as_base(ready: Prepared) -> Callable[[], Any]:
     return loaded
 
 
-def write_report(folder: RunFolder, report: Preflight, comparison: Judgement | None) -> None:
+def write_report(folder: RunFolder, report: Preflight, judged: Sequence[Judgement]) -> None:
     """``report.html``: what the terminal showed, to keep and to send."""
     console = Console(record=True, width=110, file=io.StringIO())
     console.rule(str(folder.path.name))
     console.print(render_preflight(report))
-    if comparison is not None:
-        console.print(comparison.render())
+    for found in judged:
+        console.print(found.render())
     with writing(folder.path / "report.html"):
         (folder.path / "report.html").write_text(console.export_html(), encoding="utf-8")
 

@@ -38,26 +38,7 @@ KNOWN = [
     *_pairs("letters", "a b c d e f g h i j k l m n o p q"),
     *_pairs("numbers", "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"),
 ]
-ANIMALS = [
-    "cat",
-    "dog",
-    "cow",
-    "pig",
-    "hen",
-    "fox",
-    "owl",
-    "bee",
-    "ant",
-    "rat",
-    "bat",
-    "elk",
-    "cod",
-    "eel",
-    "emu",
-    "gnu",
-    "jay",
-    "yak",
-]
+ANIMALS = [f"{a}{b}" for a in "cdhmrt" for b in ("at", "og", "en")]
 PLACES = ["hill", "lake", "wood", "town", "farm", "cave", "pond", "reef", "barn", "road"]
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample, Encoder
-from luthier.data.examples import TaskType
+from luthier.data.examples import TaskType, TrainingExample
 from luthier.data.findings import Finding
 from luthier.data.loader import load_source
 from luthier.data.preview import render_encoded
 from luthier.data.render import prompt_messages, prompt_text
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
-from luthier.evaluation.harm import HarmReport, measure_harm
+from luthier.evaluation.harm import GENERAL, HarmReport, measure_harm
 from luthier.evaluation.sample import AnswerSample
 from luthier.recipe import Recipe
 from luthier.tasks.base import PARITY_TEXTS, Judgement, Models, Task, asked_part, held_out, register
@@ -116,9 +116,12 @@ class Causal(Task):
         if isinstance(judged, Comparison):
             base, tuned = judged.models[:2]
             answered = (judged.questions, base.answers, tuned.answers)
-        more = {
-            Path(source.path).stem: load_source(source, recipe.data.columns).examples for source in settings.general
-        }
+        more: dict[str, Sequence[TrainingExample]] = {}
+        for number, source in enumerate(settings.general, 1):
+            loaded, name = load_source(source), Path(source.path).stem
+            more[f"{name} ({number})" if name in (*more, GENERAL) else name] = loaded.examples
+            for reject in loaded.rejects[:5]:
+                console.print(f"refused {reject.file}:{reject.line}: {reject.message}", style="yellow", highlight=False)
         with console.status("measuring harm") as status:
             report = measure_harm(
                 models[:2],
