@@ -155,6 +155,23 @@ def test_an_untouched_model_shows_no_harm(terse):
     assert "no more than of other rows" in report["memorised_reproduced"].verdict
 
 
+def test_what_comes_back_of_other_rows_as_well_is_no_memory_of_the_training_rows(terse, parrot):
+    """Rows that the parrot knows stand for held-out ones: all come back, so training has no part in it."""
+    report = measure_harm(
+        _models(terse.model, parrot),
+        terse.tokenizer,
+        training=TRAINING[:15],
+        held_out=TRAINING[15:],
+        general=KNOWN[:2],
+        max_new_tokens=64,
+        batch_size=64,
+    )
+    for name in ("longest_run", "reproduced", "continued"):
+        check, control = report[f"memorised_{name}"], report[f"control_{name}"]
+        assert check.tuned.value > 0.6 and control.tuned.value > 0.6
+        assert check.change.significant and not check.harm
+
+
 def test_the_report_is_shown_and_stored(report):
     console = Console(width=100, file=io.StringIO())
     console.print(report.render())

@@ -9,7 +9,15 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from luthier.evaluation.statistics import Resampling, change, column, interval, mean_value, smallest_difference
+from luthier.evaluation.statistics import (
+    Resampling,
+    change,
+    column,
+    interval,
+    mean_value,
+    smallest_difference,
+    unpaired,
+)
 
 WORDS = [f"w{number}" for number in range(16)]
 
@@ -158,3 +166,20 @@ def test_how_small_a_difference_so_many_rows_can_show():
     assert smallest_difference(0.5, 100) == pytest.approx(0.198, abs=0.001)
     assert smallest_difference(0.5, 10_000) < 0.02
     assert 0 < smallest_difference(1.0, 50) < 1
+
+
+def test_means_over_different_rows_are_compared_as_scipy_does():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(0.4, 1, 35), rng.normal(0, 1, 50)
+    found = unpaired(first, second)
+    theirs = scipy_stats.permutation_test(
+        (first, second), lambda a, b, axis: a.mean(axis) - b.mean(axis), vectorized=True, n_resamples=9999, rng=rng
+    )
+    assert found.value == pytest.approx(first.mean() - second.mean())
+    assert found.p == pytest.approx(theirs.pvalue, abs=0.02)
+    spread = np.sqrt(first.var() / len(first) + second.var() / len(second))
+    assert found.low == pytest.approx(found.value - 1.96 * spread, abs=0.05)
+    assert found.high == pytest.approx(found.value + 1.96 * spread, abs=0.05)
+    assert unpaired(first, second) == found
+    assert unpaired(np.ones(30), np.ones(20)).p == 1 and unpaired(np.ones(30), np.zeros(20)).p < 0.001
