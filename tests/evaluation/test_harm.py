@@ -25,7 +25,6 @@ from luthier.evaluation.metrics import metric_of
 from luthier.evaluation.question import Question
 
 
-
 def _pairs(topic: str, text: str) -> list[TrainingExample]:
     words = text.split()
     return [

@@ -352,8 +352,8 @@ def _check(name: str, label: str, before: Measure, after: Measure, seed: int) ->
         label,
         len(after.statistics),
         after,
-        interval(before.value, before.statistics, resampling),
-        interval(after.value, after.statistics, resampling),
+        interval(before.value, before.statistics, resampling, binary=before.binary),
+        interval(after.value, after.statistics, resampling, binary=after.binary),
         change(
             after.value,
             before.statistics,
@@ -361,14 +361,15 @@ def _check(name: str, label: str, before: Measure, after: Measure, seed: int) ->
             (before.rows, after.rows),
             resampling,
             better=after.better,
+            binary=after.binary,
         ),
     )
 
 
-def _share(name: str, label: str, values: Sequence[Sequence[float]], seed: int) -> Check:
-    """Of a share, or a mean share, that had better be low, of base and tuned."""
+def _share(name: str, label: str, values: Sequence[Sequence[float]], seed: int, *, binary: bool = True) -> Check:
+    """Of a share of rows, or a mean share, that had better be low, of base and tuned."""
     both = [column(of_model) for of_model in values]
-    first, second = (Measure(name, label, "lower", True, 1, mean_value, c, c[:, 0]) for c in both)
+    first, second = (Measure(name, label, "lower", True, binary, 1, mean_value, c, c[:, 0]) for c in both)
     return _check(name, label, first, second, seed)
 
 
@@ -493,7 +494,8 @@ def _memorised(trained: _Asked, unseen: _Asked, begun: Mapping[str, _Asked], see
             for part in (seen, control)
             if part.questions
         ]
-        check = _share(f"memorised_{name}", f"training rows: {label}", found[0], seed)
+        binary = name != "longest_run"
+        check = _share(f"memorised_{name}", f"training rows: {label}", found[0], seed, binary=binary)
         checks.append(check)
         # What the base says already, of either kind of rows, is no memory of this training.
         gains = [np.subtract(after, before) for before, after in found]
@@ -501,7 +503,7 @@ def _memorised(trained: _Asked, unseen: _Asked, begun: Mapping[str, _Asked], see
             moved = check.change
             beside = "; there are no held-out rows to hold it against"
         else:
-            other = _share(f"control_{name}", f"held-out rows: {label}", found[1], seed)
+            other = _share(f"control_{name}", f"held-out rows: {label}", found[1], seed, binary=binary)
             other.verdict = "what comes back of rows it never saw"
             moved = unpaired(gains[0], gains[1], seed=seed)
             beside = f", {other.measure.shown(other.tuned.value)} of rows it never saw"

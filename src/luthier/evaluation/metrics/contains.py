@@ -23,7 +23,7 @@ class ContainsAnswer(MeanMetric):
     (12 in 3.12, 八 in 十八) is not the reference, nor is it behind a negation (not hot, 不重要).
     """
 
-    name, label, share = "contains_answer", "holds a right answer", True
+    name, label, share, binary = "contains_answer", "holds a right answer", True, True
 
     def row(self, answer: str, references: Sequence[str]) -> float:
         said = _plain(answer)
