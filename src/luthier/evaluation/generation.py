@@ -1,15 +1,18 @@
-"""Answers to prompts, greedily, in batches from which finished rows retire."""
+"""Answers to prompts, in batches from which finished rows retire."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from luthier.data.render import end_of_turn_ids
+from luthier.decoding import Decoding
 from luthier.errors import UserError, shorten
+from luthier.evaluation.choice import Choice, generation_config, processors
 from luthier.evaluation.state import measuring
 from luthier.models.heads import Head
 from luthier.models.pairs import opening
@@ -44,12 +47,19 @@ def generate_answers(
     batch_size: int = 16,
     stop_token_ids: Iterable[int] | None = None,
     max_source_length: int | None = None,
+    decoding: Decoding | None = None,
     progress: Progress | None = None,
+    answered: Callable[[dict[int, Answer]], None] | None = None,
 ) -> list[Answer]:
-    """The most likely next token, again and again, until a stop token or the limit.
+    """Answers, each until a stop token or the limit: greedy ones, or as ``decoding`` says.
 
-    Nothing bends the choice (no temperature, no repetition penalty, whatever the model's own generation config
-    says), so that two models are compared on equal terms and a prompt's answer does not depend on its batch.
+    Nothing else bends the choice (no repetition penalty, whatever the model's own generation config says), so that two
+    models are compared on equal terms. A prompt's answer does not depend on its batch, its place, or the other prompts,
+    but for the rounding of logits.
+
+    Greedy and sampled tokens of a decoder are chosen here; beams are those of transformers' ``generate``, in batches of
+    prompts of one length, which need no padding. So are all answers of an encoder-decoder and, one prompt at a time, of
+    a model that remembers more than keys and values.
 
     Args:
         model: a decoder, or an encoder-decoder; its training mode and attention are given back as they were.
@@ -57,17 +67,21 @@ def generate_answers(
         prompts: rendered texts, as ``luthier.data.render.prompt_text`` makes them; no special token is added. To an
             encoder-decoder, sources, which get those that the tokenizer puts around them.
         max_new_tokens: longest answer in tokens; less where the model's context ends before.
-        batch_size: prompts answered at once.
+        batch_size: prompts answered at once; with beams, beams.
         stop_token_ids: tokens that end an answer; None: those of :func:`stop_tokens`.
         max_source_length: an encoder-decoder reads so many tokens of a longer source, as in training.
+        decoding: how tokens are chosen; None: greedily.
         progress: told how many prompts are answered.
+        answered: given each batch's answers, by the prompts' numbers from 0, before ``progress`` is told.
 
     Returns:
         the answers, in the order of the prompts.
 
     Raises:
-        UserError: a prompt is empty or leaves no room in the model's context; a size is below 1.
+        UserError: a prompt is empty or leaves no room in the model's context; a size is below 1; the model cannot be
+            decoded so.
     """
+    decoding = Decoding() if decoding is None else decoding
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}={value!r} is not a whole number above 0", remedy=f"give {name} at least 1")
@@ -81,22 +95,34 @@ def generate_answers(
     cut = {"truncation": max_source_length is not None, "max_length": max_source_length} if pairs else {}
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=pairs, verbose=False, **cut)["input_ids"]
     limits = [_room(model, ids, i, prompts[i], max_new_tokens) for i, ids in enumerate(encoded)]
-    # Long prompts first: where memory does not suffice, that shows at once. Equal lengths share a batch.
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    if decoding.num_beams > 1 and decoding.no_repeat_ngram_size and VirtualTokens(model).count:
+        raise UserError(
+            "with virtual tokens, beams see the answer's runs of tokens alone and not the prompt's",
+            where=f"no_repeat_ngram_size={decoding.no_repeat_ngram_size}",
+            remedy="leave no_repeat_ngram_size out, or set num_beams=1",
+        )
     answers: dict[int, Answer] = {}
     # SDPA, for packed training attention takes no cache.
     with measuring(model, "sdpa" if model.config._attn_implementation == "luthier" else None):  # type: ignore[union-attr]
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
+        for rows in _batches(encoded, batch_size, decoding):
             asked, room = [encoded[i] for i in rows], [limits[i] for i in rows]
-            new = _targets(model, asked, room, stops, begins) if pairs else _greedy(model, asked, room, stops)
+            if pairs:
+                new = _targets(model, asked, room, stops, begins, decoding)
+            elif decoding.num_beams > 1:
+                new = _generated(model, asked, room[0], stops, decoding)
+            else:
+                new = _chosen(model, asked, room, stops, decoding)
+            batch: dict[int, Answer] = {}
             for i, ids in zip(rows, new, strict=True):
                 stopped = ids[-1] in stops
                 text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-                answers[i] = Answer(text, ids, stopped, len(encoded[i]))
+                batch[i] = Answer(text, ids, stopped, len(encoded[i]))
+            answers |= batch
+            if answered is not None:
+                answered(batch)
             if progress is not None:
-                progress(len(answers), len(order))
-    return [answers[i] for i in range(len(order))]
+                progress(len(answers), len(encoded))
+    return [answers[i] for i in range(len(encoded))]
 
 
 def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -132,8 +158,27 @@ def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> i
     return min(wanted, context - len(ids))
 
 
-def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list[int]) -> list[list[int]]:
+def _batches(encoded: Sequence[Sequence[int]], batch_size: int, decoding: Decoding) -> Iterator[list[int]]:
+    """Numbers of the prompts that share a batch: those of like length, with beams of one length.
+
+    Long prompts come first: where memory does not suffice, that shows at once.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    most = max(1, batch_size // decoding.num_beams)
+    begin = 0
+    while begin < len(order):
+        rows = order[begin : begin + most]
+        if decoding.num_beams > 1:
+            rows = [i for i in rows if len(encoded[i]) == len(encoded[rows[0]])]
+        yield rows
+        begin += len(rows)
+
+
+def _chosen(
+    model: Any, prompts: list[list[int]], limits: list[int], stops: list[int], decoding: Decoding
+) -> list[list[int]]:
     """New token ids of each prompt. Rows leave the batch, and their keys and values the cache, once finished."""
+    choice = Choice(decoding, prompts)
     device = next(model.parameters()).device
     virtual = VirtualTokens(model)
     rows = [virtual.placeholders + ids for ids in prompts]
@@ -158,8 +203,10 @@ def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list
         )
         cache = getattr(out, name, None)
         if cache is None or any(hasattr(layer, "recurrent_states") for layer in cache.layers):
-            return _one_by_one(model, prompts, limits, stops)
-        chosen = out.logits[:, -1].argmax(-1)  # [B]
+            # A recurrent state (Mamba, hybrids) has taken up the padding of its row, and rows cannot leave its cache.
+            each = zip(prompts, limits, strict=True)
+            return [_generated(model, [prompt], limit, stops, decoding)[0] for prompt, limit in each]
+        chosen = choice(out.logits[:, -1], alive, new)  # [B]
         for row, token in zip(alive, chosen.tolist(), strict=True):
             new[row].append(token)
         going = [i for i, row in enumerate(alive) if new[row][-1] not in stops and len(new[row]) < limits[row]]
@@ -174,62 +221,69 @@ def _greedy(model: Any, prompts: list[list[int]], limits: list[int], stops: list
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
 
-def _targets(
-    model: Any, sources: list[list[int]], limits: list[int], stops: list[int], begins: list[int]
-) -> list[list[int]]:
-    """New token ids for each source, by an encoder-decoder's own loop: the decoder begins with ``begins``."""
+@contextmanager
+def _without_own_config(reader: Any) -> Iterator[None]:
+    """``generate()`` takes from the model's generation config what its argument leaves open: here nothing."""
     from transformers import GenerationConfig
 
+    own = reader.generation_config
+    reader.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        reader.generation_config = own
+
+
+def _targets(
+    model: Any,
+    sources: list[list[int]],
+    limits: list[int],
+    stops: list[int],
+    begins: list[int],
+    decoding: Decoding,
+) -> list[list[int]]:
+    """New token ids for each source, by an encoder-decoder's own loop: the decoder begins with ``begins``."""
     device = next(model.parameters()).device
     reader = model.get_base_model() if hasattr(model, "get_base_model") else model
     pad = reader.config.pad_token_id
     longest = max(map(len, sources))
     ids = torch.tensor([row + [pad] * (longest - len(row)) for row in sources], device=device)  # [B, L]
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sources], device=device)
-    own = reader.generation_config
-    reader.generation_config = GenerationConfig()  # generate() takes from it what its argument leaves open
-    try:
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max(limits),
-            eos_token_id=stops or None,
-            pad_token_id=pad,
-            decoder_start_token_id=begins[0],
-        )
+    config = generation_config(
+        decoding,
+        max_new_tokens=max(limits),
+        eos_token_id=stops or None,
+        pad_token_id=pad,
+        decoder_start_token_id=begins[0],
+    )
+    with _without_own_config(reader):
         out = reader.generate(
             input_ids=ids,
             attention_mask=mask,
             decoder_input_ids=torch.tensor([begins] * len(sources), device=device),
             generation_config=config,
+            logits_processor=processors(decoding, sources),
         )
-    finally:
-        reader.generation_config = own
-    new = []
-    for row in out[:, len(begins) :].tolist():
-        end = next((at for at, token in enumerate(row) if token in stops), len(row) - 1)
-        new.append(row[: end + 1])
-    return new
+    return [_ended(row, stops) for row in out[:, len(begins) :].tolist()]
 
 
-def _one_by_one(model: Any, prompts: list[list[int]], limits: list[int], stops: list[int]) -> list[list[int]]:
-    """New token ids of each prompt from transformers' own loop, for models that remember more than keys and values.
-
-    A recurrent state (Mamba, hybrids) has taken up the padding of its row, and rows cannot leave its cache.
-    """
-    from transformers import GenerationConfig
-
+def _generated(
+    model: Any, prompts: list[list[int]], limit: int, stops: list[int], decoding: Decoding
+) -> list[list[int]]:
+    """New token ids of prompts of one length, from transformers' own loop."""
     device = next(model.parameters()).device
     virtual = VirtualTokens(model)
-    reader = virtual.reader
-    own, new = reader.generation_config, []
-    reader.generation_config = GenerationConfig()  # generate() takes from it what its argument leaves open
-    try:
-        for prompt, limit in zip(prompts, limits, strict=True):
-            config = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=stops or None, pad_token_id=0)
-            inputs = virtual.generation_inputs(torch.tensor([prompt], device=device))
-            out = reader.generate(**inputs, generation_config=config)
-            # Where vectors went in, what comes out are the new tokens alone.
-            new.append(out[0, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist())
-    finally:
-        reader.generation_config = own
-    return new
+    inputs = virtual.generation_inputs(torch.tensor(prompts, device=device), decoding.num_beams)
+    config = generation_config(decoding, max_new_tokens=limit, eos_token_id=stops or None, pad_token_id=0)
+    with _without_own_config(virtual.reader):
+        out = virtual.reader.generate(
+            **inputs, generation_config=config, logits_processor=processors(decoding, prompts)
+        )
+    # Where vectors went in, what comes out are the new tokens alone.
+    begin = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    return [_ended(row, stops) for row in out[:, begin:].tolist()]
+
+
+def _ended(ids: list[int], stops: list[int]) -> list[int]:
+    """A row up to its first stop token, that included; what follows is padding."""
+    return ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1) + 1]

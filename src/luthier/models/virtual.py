@@ -78,14 +78,14 @@ class VirtualTokens:
         """The argument that gives the reader :meth:`cache`; none where there is nothing to give."""
         return {cache_name(self.reader): self.cache(rows)} if self.keys else {}
 
-    def generation_inputs(self, ids: torch.Tensor) -> dict[str, Any]:
-        """Arguments of the reader's ``generate`` for ``[1, L]`` ids."""
+    def generation_inputs(self, ids: torch.Tensor, beams: int = 1) -> dict[str, Any]:
+        """Arguments of the reader's ``generate``, with so many beams, for ``[B, L]`` ids without padding."""
         if self.vectors:
-            ids = torch.cat([ids.new_tensor([self.placeholders]), ids], 1)
+            ids = torch.cat([ids.new_tensor([self.placeholders]).expand(len(ids), -1), ids], 1)
             return self.inputs(ids) | {"attention_mask": torch.ones_like(ids)}
         # It leaves out as many ids as have keys already, whatever they are.
-        ids = torch.cat([ids.new_zeros(1, self.keys), ids], 1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.begun(1)}
+        ids = torch.cat([ids.new_zeros(len(ids), self.keys), ids], 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.begun(len(ids) * beams)}
 
     def mask(self, mask: torch.Tensor) -> torch.Tensor:
         """``[B, keys + L]``: the mask of a row's keys, from that of its own tokens."""
