@@ -17,6 +17,7 @@ from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
+from luthier.decoding import Decoding
 from luthier.endpoint import Endpoint
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
@@ -61,6 +62,8 @@ def compare_models(
     batch_size: int = 16,
     samples: int = 3,
     more_metrics: Sequence[str] = (),
+    decoding: Decoding | None = None,
+    resume: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Ask any models the questions of a file.
@@ -77,6 +80,8 @@ def compare_models(
         batch_size: prompts answered at once.
         samples: rows to choose for showing.
         more_metrics: see :func:`luthier.evaluation.metrics.metric_of`.
+        decoding: how answers are made; None: greedily.
+        resume: whether answers that an interrupted comparison has kept are taken up.
         progress: told ``(name, done, total)``.
 
     Raises:
@@ -95,10 +100,10 @@ def compare_models(
     opened: list[tuple[str, Callable[[], Any]]] = []
     for model in named:
         if _is_endpoint(model.place):
-            contestant = EndpointModel(_endpoint(model.place, max_new_tokens))
+            contestant = EndpointModel(_endpoint(model.place, max_new_tokens, resume))
             opened.append((model.name, functools.partial(contextlib.nullcontext, contestant)))
         else:
-            opened.append((model.name, functools.partial(_loaded, model.place, examples, system)))
+            opened.append((model.name, functools.partial(_loaded, model.place, examples, system, resume)))
     comparison = compare(
         opened,
         tokenizer,
@@ -108,6 +113,8 @@ def compare_models(
         batch_size=batch_size,
         samples=samples,
         more_metrics=more_metrics,
+        decoding=decoding,
+        resume=resume,
         progress=progress,
     )
     comparison.notes[:0] = notes
@@ -130,7 +137,7 @@ def _rows(data: str, columns: Mapping[str, str] | None, most: int | None) -> tup
     return found, notes
 
 
-def _endpoint(place: str, max_new_tokens: int) -> Endpoint:
+def _endpoint(place: str, max_new_tokens: int, resume: bool) -> Endpoint:
     url, _, model = place.rpartition("#")
     if not url:
         raise UserError(
@@ -138,7 +145,7 @@ def _endpoint(place: str, max_new_tokens: int) -> Endpoint:
             remedy="write URL#MODEL, for example http://localhost:8000/v1#my-model",
         )
     key = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None
-    return Endpoint(url, model, api_key_env=key, temperature=0.0, max_tokens=max_new_tokens)
+    return Endpoint(url, model, api_key_env=key, max_tokens=max_new_tokens, cache=None if resume else False)
 
 
 def _tokenizer_of(place: str) -> str | Path:
@@ -149,7 +156,7 @@ def _tokenizer_of(place: str) -> str | Path:
 
 
 @contextlib.contextmanager
-def _loaded(place: str, examples: Sequence[TrainingExample], system: str | None) -> Iterator[LocalModel]:
+def _loaded(place: str, examples: Sequence[TrainingExample], system: str | None, resume: bool) -> Iterator[LocalModel]:
     """A model of this machine for as long as it is asked."""
     saved = load_saved(place)
     _require_writing(saved, place)
@@ -157,7 +164,7 @@ def _loaded(place: str, examples: Sequence[TrainingExample], system: str | None)
     # What cannot be encoded has no perplexity; it is asked all the same.
     encoder = ChatEncoder(Renderer(saved.tokenizer, system=system, train_on="last_answer", allow_special_tokens=True))
     encoded = encoder.encode(examples)
-    model = LocalModel(saved.model.to(device), saved.tokenizer, encoded=encoded.examples, renders=True)
+    model = LocalModel(saved.model.to(device), saved.tokenizer, encoded=encoded.examples, renders=True, resume=resume)
     if encoded.rejects:
         model.notes.append(f"{len(encoded.rejects):,} right answers have no perplexity: {encoded.rejects[0].message}")
     yield model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -126,13 +127,32 @@ class Endpoint:
     def __repr__(self) -> str:
         return f"Endpoint({self.base_url!r}, {self.model!r})"
 
-    def __call__(self, conversations: Sequence[Conversation], seeds: Sequence[int]) -> list[str | UserError]:
+    def __call__(
+        self,
+        conversations: Sequence[Conversation],
+        seeds: Sequence[int],
+        *,
+        tools: Sequence[list[dict[str, Any]] | None] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> list[str | UserError]:
         """Answers in the order of the conversations, or in an answer's place why there is none.
+
+        Args:
+            conversations: see :class:`Answerer`.
+            seeds: see there.
+            tools: for each conversation the tools that it offers. Calls are written as JSON, one a line; behind a text,
+                each in ``<tool_call>``.
+            parameters: further fields of these requests, before those of the endpoint.
 
         Raises:
             UserError: the endpoint refuses the key, does not know the model or the address, or answers nothing.
         """
-        bodies = [self._body(c, s) for c, s in zip(conversations, seeds, strict=True)]
+        offered = [None] * len(conversations) if tools is None else tools
+        more = dict(parameters or {})
+        bodies = [
+            self._body(conversation, seed, more | ({"tools": own} if own else {}))
+            for conversation, seed, own in zip(conversations, seeds, offered, strict=True)
+        ]
         keys = [self._hash(body) for body in bodies]
         found: dict[str, str | UserError] = dict(self._cache.get(keys)) if self._cache else {}
         wanted = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
@@ -150,8 +170,8 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return httpx2.Client(timeout=self.timeout, limits=limits, headers=headers)
 
-    def _body(self, conversation: Conversation, seed: int) -> dict[str, Any]:
-        body = {**self.parameters, "model": self.model, "messages": conversation}
+    def _body(self, conversation: Conversation, seed: int, more: dict[str, Any]) -> dict[str, Any]:
+        body = {**self.parameters, **more, "model": self.model, "messages": conversation}
         # A seed makes another request even where it isn't sent: the cache must not answer five times alike.
         return {**body, "seed": seed}
 
@@ -201,7 +221,7 @@ class Endpoint:
             else:
                 status = response.status_code
                 if status == 200:
-                    content, problem = _content(response.content)
+                    content, problem = _content(response.content, calls="tools" in body)
                     if content is not None:
                         self._done(key, content)
                         return content
@@ -284,11 +304,12 @@ class _Cache:
 _CUT = "the answer was cut at max_tokens"
 
 
-def _content(body: bytes) -> tuple[str | None, str]:
-    """An answer's text, or what is wrong with it."""
+def _content(body: bytes, *, calls: bool) -> tuple[str | None, str]:
+    """An answer's text, with the tools that it calls where it may; or what is wrong with it."""
     try:
         choice = json.loads(body)["choices"][0]
-        content = choice["message"]["content"]
+        message = choice["message"]
+        content = _with_calls(message) if calls and message.get("tool_calls") else message["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         return None, f"not the answer of a chat model: {shorten(body[:200].decode('utf-8', 'replace'))}"
     if choice.get("finish_reason") == "length":
@@ -300,6 +321,22 @@ def _content(body: bytes) -> tuple[str | None, str]:
     except UnicodeEncodeError:
         return None, "an answer with half a character"
     return content, ""
+
+
+def _with_calls(message: dict[str, Any]) -> str:
+    """A message's text and calls, as ``evaluation.metrics.tools`` reads them.
+
+    Raises:
+        KeyError, TypeError: the calls have not OpenAI's form.
+    """
+    written = []
+    for call in message["tool_calls"]:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        with contextlib.suppress(ValueError):  # what nothing could run stays as it was said
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        written.append(json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False))
+    text = str(message.get("content") or "").strip()
+    return "\n".join([text, *(f"<tool_call>{call}</tool_call>" for call in written)] if text else written)
 
 
 def _message(text: str) -> str:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from rapidfuzz import process
 
+from luthier.decoding import Decoding
 from luthier.errors import UserError, shorten
 from luthier.method_options import METHODS_BY_NAME, LoraMethod, Method
 from luthier.section import Section
@@ -271,7 +272,23 @@ class EvaluationSection(Section):
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer, in tokens."""
     batch_size: int = Field(16, ge=1)
-    """Prompts answered at once."""
+    """Prompts answered at once; with beams, beams."""
+    do_sample: bool = False
+    """Draw tokens by chance, from the recipe's seed and each prompt; false: the likeliest ones."""
+    temperature: float = Field(1.0, gt=0)
+    """With do_sample: logits are divided by it; below 1 likely tokens become likelier."""
+    top_k: int = Field(0, ge=0)
+    """With do_sample: draw among so many likeliest tokens; 0: among all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """With do_sample: draw among the fewest likeliest tokens whose probabilities sum to this; 1: among all."""
+    num_beams: int = Field(1, ge=1)
+    """Beginnings of an answer that are followed at once; 1: no beam search."""
+    length_penalty: float = 1.0
+    """With beams: a beam's log-probability is divided by its length to this power; above 0 favours long answers."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """No run of so many tokens comes twice in a prompt with its answer; 0: no limit."""
+    resume: bool = True
+    """Take up answers that an interrupted evaluation has kept; false: ask everything anew."""
     samples: int = Field(3, ge=0)
     """Answers shown side by side."""
     metrics: list[str] = Field(default_factory=list)
@@ -284,6 +301,28 @@ class EvaluationSection(Section):
     """Rows that should not be forgotten either, beside the general set that comes with luthier; with harm."""
 
     _listed = field_validator("general", mode="before")(_as_list)
+
+    @model_validator(mode="after")
+    def _can_be_decoded(self) -> EvaluationSection:
+        self.decoding(0)
+        return self
+
+    def decoding(self, seed: int) -> Decoding:
+        """How answers are made.
+
+        Raises:
+            UserError: two of the options exclude each other.
+        """
+        return Decoding(
+            do_sample=self.do_sample,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=seed,
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+        )
 
 
 class DeploymentSection(Section):

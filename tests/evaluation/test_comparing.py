@@ -12,7 +12,12 @@ from chat_server import chat_server, said
 
 from luthier.cli import main
 from luthier.comparing import Named, compare_models
+from luthier.decoding import Decoding
+from luthier.endpoint import Endpoint
 from luthier.errors import UserError
+from luthier.evaluation.contestants import EndpointModel
+from luthier.evaluation.metrics.tools import tool_calls
+from luthier.evaluation.question import Question
 from luthier.models.loading import load_model, load_tokenizer
 from luthier.recipe import Recipe
 from luthier.tasks import get_task
@@ -88,16 +93,96 @@ def test_what_an_endpoint_does_not_answer_is_told_and_counts_as_wrong(terse_mode
     assert any(note.startswith("m: 1 of 6 questions were not answered") for note in found.notes)
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_an_endpoint_is_told_of_tools_and_its_calls_count():
+    call = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    asked = [{"role": "user", "content": "What is 1 + 2?"}]
+    turns = [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    later = [*turns, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3"}]
+    said_ = {"name": "add", "arguments": '{"b": 2, "a": 1}'}
+    contents = [None, "I add.", "3"]
+
+    def reply(body, number):
+        content = contents[number]
+        message = {"role": "assistant", "content": content}
+        if content != "3":
+            message["tool_calls"] = [{"id": "x", "type": "function", "function": said_}] * (2 if number else 1)
+        return 200, {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+
+    with chat_server(reply) as server:
+        endpoint = Endpoint(server.url, "m", concurrency=1, cache=False)
+        seen = [[*asked], [*asked, {"role": "user", "content": "again"}], later[:-1]]
+        questions = [Question("", "", ["3"], "row", messages, TOOLS) for messages in seen]
+        model = EndpointModel(endpoint)
+        options = {"max_new_tokens": 9, "batch_size": 1, "progress": None}
+        texts = [a.text for a in model.answer(questions, decoding=Decoding(), **options)]
+        assert texts[0] == '{"name": "add", "arguments": {"b": 2, "a": 1}}' and texts[2] == "3"
+        assert tool_calls(texts[0]) == [("add", '{"a": 1, "b": 2}')] and len(tool_calls(texts[1])) == 2
+        assert texts[1].startswith("I add.\n<tool_call>") and not model.notes
+        assert [body["tools"] for body in server.bodies] == [TOOLS] * 3
+        assert server.bodies[2]["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1, "b": 2}'
+        # Of who offers no tools none is told, and what calls one all the same has no text.
+        contents[:] = ["I add."] * 8
+        (plain,) = model.answer([Question("", "", ["3"], "row", asked)], decoding=Decoding(), **options)
+        assert plain.text == "I add." and "tools" not in server.bodies[-1]
+
+
+def test_an_endpoint_is_told_how_to_decode(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    with chat_server(lambda body, number: (200, f"{body['temperature']}")) as server:
+        model = EndpointModel(Endpoint(server.url, "m"))
+        options = {"max_new_tokens": 9, "batch_size": 1, "progress": None}
+        question = [Question("", "", ["3"], "row", [{"role": "user", "content": "a"}])]
+        sampled = Decoding(do_sample=True, temperature=0.5, top_p=0.9, seed=7)
+        assert model.answer(question, decoding=sampled, **options)[0].text == "0.5" and model.kept == 0
+        assert {k: server.bodies[0][k] for k in ("temperature", "top_p", "seed")} == {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "seed": 7,
+        }
+        assert model.answer(question, decoding=sampled, **options)[0].text == "0.5" and model.kept == 1
+        assert model.answer(question, decoding=Decoding(), **options)[0].text == "0.0"
+        assert "top_p" not in server.bodies[1] and len(server.bodies) == 2
+        for refused in (Decoding(num_beams=2), Decoding(do_sample=True, top_k=5), Decoding(no_repeat_ngram_size=3)):
+            with pytest.raises(UserError, match="endpoint has no"):
+                model.answer(question, decoding=refused, **options)
+
+
+def test_a_comparison_goes_on_and_says_how_it_was_made(terse_model_dir, other_dir, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    models, options = [f"a={terse_model_dir}", f"b={other_dir}"], {"max_new_tokens": 6}
+    sampled = Decoding(do_sample=True, temperature=2.0, seed=1)
+
+    def stop(name, done, total):
+        if name == "b":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_models(models, str(rows_file), decoding=sampled, batch_size=2, progress=stop, **options)
+    found = compare_models(models, str(rows_file), decoding=sampled, **options)
+    assert [m.kept for m in found.models] == [6, 2]
+    stored = found.to_json()
+    assert stored["models"]["b"]["kept_answers"] == 2
+    assert (stored["decoding"]["temperature"], stored["decoding"]["seed"]) == (2.0, 1)
+    fresh = compare_models(models, str(rows_file), decoding=sampled, resume=False, **options)
+    assert [m.kept for m in fresh.models] == [0, 0]
+    assert [m.answers for m in fresh.models] == [m.answers for m in found.models]
+
+
 def test_the_command_prints_and_writes(terse_model_dir, other_dir, rows_file, tmp_path, monkeypatch, capsys):
     target = tmp_path / "found.json"
     words = ["compare", f"a={terse_model_dir}", f"b={other_dir}", "--data", rows_file, "--max-new-tokens", 4]
+    words += ["--num-beams", 2, "--fresh"]
     monkeypatch.setattr(sys, "argv", ["luthier", *map(str, [*words, "-o", target])])
     with pytest.raises(SystemExit) as stop:
         main()
     printed, told = capsys.readouterr()
     assert not stop.value.code, told
     assert "b beside a, 6 rows" in printed and "won/lost" in printed
-    assert set(json.loads(target.read_text())["models"]) == {"a", "b"}
+    stored = json.loads(target.read_text())
+    assert set(stored["models"]) == {"a", "b"} and stored["decoding"]["num_beams"] == 2
 
 
 def test_wrong_names_are_told(terse_model_dir, tiny_encoder_dir, rows_file, tmp_path):

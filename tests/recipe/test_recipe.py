@@ -117,3 +117,16 @@ def test_the_reference_pages_are_the_code():
     assert (ROOT / "docs" / "steps.md").read_text(encoding="utf-8") == module.steps(), (
         "run python docs/make_reference.py"
     )
+
+
+def test_options_of_decoding_that_exclude_each_other_are_told(tmp_path):
+    path = write(tmp_path, "evaluation: {do_sample: true, temperature: 0.5, top_p: 0.9}\nseed: 7\n")
+    decoding = Recipe.load(path).evaluation.decoding(Recipe.load(path).seed)
+    assert (decoding.do_sample, decoding.temperature, decoding.top_p, decoding.seed) == (True, 0.5, 0.9, 7)
+    for text, said in (
+        ("evaluation: {temperature: 0.5}", "do_sample=True"),
+        ("evaluation: {do_sample: true, num_beams: 2}", "exclude each other"),
+        ("evaluation: {top_p: 0}", "top_p"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Recipe.load(write(tmp_path, text))

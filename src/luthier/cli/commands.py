@@ -21,6 +21,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings that win over the recipe's, as [bold]key=value[/bold]: training.learning_rate=1e-4"),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Ask every question anew, whatever an interrupted evaluation has kept.")
+]
 RunPath = Annotated[Path, typer.Argument(help="A run folder (the recipe's output_dir).", show_default=False)]
 
 
@@ -152,11 +155,13 @@ def evaluate(
     harm: Annotated[
         bool, typer.Option("--harm", help="Measure what was forgotten, memorised, is refused now or drifts.")
     ] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Compare base, tuned and merged model on held-out rows."""
     from luthier.finished import evaluate_run
 
-    evaluate_run(run, data=data, overrides=overrides or (), harm=harm, console=_console())
+    changes = [*(overrides or ()), *(["evaluation.resume=false"] if fresh else [])]
+    evaluate_run(run, data=data, overrides=changes, harm=harm, console=_console())
 
 
 @app.command()
@@ -179,6 +184,12 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
     samples: Annotated[int, typer.Option(min=0, help="Answers shown side by side.")] = 3,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beginnings followed at once; 1: no beam search.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw answers by chance, at this temperature; none: the likeliest tokens.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn by chance.")] = 42,
+    fresh: Fresh = False,
     metric: Annotated[
         list[str] | None,
         typer.Option(help="A metric beside those that apply: a name, or file.py:function; repeat.", show_default=False),
@@ -189,6 +200,7 @@ def compare(
 ) -> None:
     """Ask any models the same questions: scores with intervals, what changed and how surely, rows side by side."""
     from luthier.comparing import compare_models
+    from luthier.decoding import Decoding
     from luthier.errors import UserError
     from luthier.training.runlog import write_json
 
@@ -196,6 +208,10 @@ def compare(
     if not all(columns.values()):
         raise UserError("--column wants part=column", where="--column", remedy="for example --column prompt=question")
     console = _console()
+    chance = temperature is not None
+    decoding = Decoding(
+        do_sample=chance, temperature=1.0 if temperature is None else temperature, seed=seed, num_beams=num_beams
+    )
     with console.status("reading") as status:
         found = compare_models(
             models,
@@ -207,6 +223,8 @@ def compare(
             batch_size=batch_size,
             samples=samples,
             more_metrics=metric or (),
+            decoding=decoding,
+            resume=not fresh,
             progress=lambda name, done, total: status.update(f"{name}: {done} of {total} rows"),
         )
     if output is not None:

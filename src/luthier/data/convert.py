@@ -222,13 +222,17 @@ def _shown(value: Any) -> str:
 def _openai(example: TrainingExample) -> Record:
     if example.is_plain_text:
         raise CannotHold("it is plain text, without turns")
-    turns = []
-    for message in example.to_chat_format():
-        turn = dict(message)
-        if turn.get("tool_calls"):
-            turn["tool_calls"] = [_call_as_text(call) for call in turn["tool_calls"]]
-        turns.append(turn)
-    return _with_rest({"messages": turns}, example)
+    return _with_rest({"messages": openai_turns(example.to_chat_format())}, example)
+
+
+def openai_turns(messages: Sequence[Message]) -> list[Message]:
+    """Turns as OpenAI's interface takes them: the arguments of calls are JSON text there."""
+    return [
+        {**turn, "tool_calls": [_call_as_text(call) for call in turn["tool_calls"]]}
+        if turn.get("tool_calls")
+        else dict(turn)
+        for turn in messages
+    ]
 
 
 def _call_as_text(call: dict[str, Any]) -> dict[str, Any]:

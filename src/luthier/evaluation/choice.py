@@ -67,7 +67,7 @@ class Choice:
 
     def drawn(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """``[B]`` tokens by chance, from ``[B, V]`` logits."""
-        scores = self._warpers(None, logits.float())
+        scores = self._warpers(torch.empty(0, dtype=torch.long), logits.float())  # type: ignore[arg-type]
         summed = scores.softmax(-1).double().cumsum(-1)  # [B, V]
         chances = torch.tensor([[self._chances[row].random()] for row in rows], dtype=torch.double)
         places = chances.to(summed.device) * summed[:, -1:]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.data.pairs import PairEncoder
+from luthier.decoding import Decoding
 from luthier.errors import UserError
 from luthier.evaluation import measures, metrics
 from luthier.evaluation.contestants import Contestant, LocalModel, Models
@@ -42,6 +43,8 @@ class ModelResult:
     """Each measure's value and its 95% confidence interval"""
     changes: dict[str, Change]
     """Against the first model, where that has the measure too; empty for the first itself."""
+    kept: int = 0
+    """How many of the answers an earlier evaluation had kept"""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -64,6 +67,8 @@ class Comparison:
     """What to give with a score that is published, by measure."""
     notes: list[str] = field(default_factory=list)
     """What looks wrong, in words."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """How the answers were made."""
 
     def improved(self, model: ModelResult) -> list[int]:
         """Rows on which a model is better than the first one, the largest gain first."""
@@ -96,6 +101,7 @@ class Comparison:
                 "metrics": _finite(model.metrics),
                 "intervals": {name: [_number(i.low), _number(i.high)] for name, i in model.intervals.items()},
                 "seconds": round(model.seconds, 3),
+                "kept_answers": model.kept,
             }
             if model is not self.models[0]:
                 found["changes"] = {
@@ -105,6 +111,7 @@ class Comparison:
             models[model.name] = found
         return {
             "models": models,
+            "decoding": self.decoding.describe(),
             "judged_by": self.judged_by,
             "notes": self.notes,
             "signatures": self.signatures,
@@ -141,8 +148,10 @@ def compare(
     pairs: PairEncoder | None = None,
     more_metrics: Sequence[str | RowFunction | metrics.Metric] = (),
     seed: int = 42,
+    decoding: Decoding | None = None,
+    resume: bool = True,
 ) -> Comparison:
-    """Ask every model the same questions, greedily, and score the answers.
+    """Ask every model the same questions and score the answers.
 
     Args:
         models: names and context managers, the base first, then the tuned one, then any others.
@@ -157,10 +166,13 @@ def compare(
         pairs: how sources and targets of encoder-decoder models were encoded for training; None: prompts are rendered.
         more_metrics: metrics beside those that apply: see :func:`luthier.evaluation.metrics.metric_of`.
         seed: of the resamples that intervals and significance come from.
+        decoding: how answers are made; None: greedily.
+        resume: whether answers that an interrupted evaluation has kept are taken up.
 
     Raises:
         UserError: fewer than two models, names given twice, no row that can be asked, or a metric that does not apply.
     """
+    decoding = Decoding() if decoding is None else decoding
     names = [name for name, _ in models]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"a comparison wants two models or more, of different names, not {names}")
@@ -171,13 +183,16 @@ def compare(
     for name, opened in models:
         with opened() as given:
             contestant = (
-                given if isinstance(given, Contestant) else LocalModel(given, tokenizer, encoded=encoded, pairs=pairs)
+                given
+                if isinstance(given, Contestant)
+                else LocalModel(given, tokenizer, encoded=encoded, pairs=pairs, resume=resume)
             )
             begin = time.perf_counter()
             answers = contestant.answer(
                 questions,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                decoding=decoding,
                 progress=None if progress is None else _named(progress, name),
             )
             seconds = time.perf_counter() - begin
@@ -189,12 +204,14 @@ def compare(
         found = [measures.of_metric(metric, texts, references) for metric in wanted]
         found += [] if losses is None else measures.of_losses(losses)
         found += measures.of_answers(answers)
-        results.append(_result(name, {m.name: m for m in found}, answers, seconds, results[:1], seed))
+        result = _result(name, {m.name: m for m in found}, answers, seconds, results[:1], seed)
+        result.kept = contestant.kept
+        results.append(result)
     signatures = {m.name: text for m in wanted if (text := m.signature(references)) is not None}
     judged_by = next((n for n in _RIGHT if any(m.metrics.get(n) for m in results)), "rougeL")
     notes += _suspicions(results, references, max_new_tokens)
     chosen = _choose(results[0].measures, results[1].measures, judged_by, samples)
-    return Comparison(questions, results, chosen, judged_by, signatures, notes)
+    return Comparison(questions, results, chosen, judged_by, signatures, notes, decoding)
 
 
 def _result(

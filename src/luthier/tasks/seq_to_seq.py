@@ -99,6 +99,8 @@ class SeqToSeq(Task):
                 [part.examples[row.index] for row in encoded],
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
+                decoding=settings.decoding(recipe.seed),
+                resume=settings.resume,
                 samples=settings.samples,
                 more_metrics=settings.metrics,
                 seed=recipe.seed,

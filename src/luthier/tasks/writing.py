@@ -87,6 +87,8 @@ class Causal(Task):
                 system=dataset.system,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
+                decoding=settings.decoding(recipe.seed),
+                resume=settings.resume,
                 samples=settings.samples,
                 more_metrics=settings.metrics,
                 seed=recipe.seed,
