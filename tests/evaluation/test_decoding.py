@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig, Ma
 
 from luthier.decoding import Decoding
 from luthier.errors import UserError
+from luthier.evaluation import generation, growing
 from luthier.evaluation.choice import Choice
 from luthier.evaluation.generation import generate_answers
 from luthier.models.loading import load_tokenizer
@@ -165,3 +166,29 @@ def test_what_cannot_be_is_told():
     ):
         with pytest.raises(UserError, match=said):
             Decoding(**options)
+
+
+@pytest.mark.parametrize("room", [1, 3, 64])
+def test_a_cache_with_room_holds_what_transformers_cache_holds(tiny, monkeypatch, room):
+    model, tokenizer = tiny
+    stop = generate_answers(model, tokenizer, TEXTS[:1], max_new_tokens=5)[0].token_ids[-1]
+    caches: list[list[torch.Tensor]] = []
+
+    def keys():
+        caches.append([])
+        handle = model.register_forward_hook(
+            lambda module, args, out: caches[-1].extend(
+                [*(x.clone() for x in (out.past_key_values.layers[1].keys, out.logits))]
+            )
+        )
+        ours = ids_of(model, tokenizer, TEXTS, Decoding(), max_new_tokens=10, stop_token_ids=[stop], batch_size=6)
+        handle.remove()
+        return ours
+
+    monkeypatch.setattr(growing, "_ROOM", room)
+    ours = keys()
+    assert len({len(row) for row in ours}) > 1
+    monkeypatch.setattr(generation, "grow", lambda cache: None)
+    assert keys() == ours
+    assert len(caches[0]) == len(caches[1]) == 20
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))

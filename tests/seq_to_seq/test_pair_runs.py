@@ -14,6 +14,7 @@ from rich.console import Console
 
 from luthier import FineTuneEvaluator, FullFineTuner, LoRATuner
 from luthier.data.examples import TrainingExample
+from luthier.decoding import Decoding
 from luthier.deployment.chat import chat
 from luthier.errors import UserError
 from luthier.evaluation.generation import generate_answers
@@ -247,3 +248,18 @@ def test_the_wrong_model_or_verb_is_told_what_fits(finished, pair_dirs, pairs, t
     endless.save_pretrained(broken)
     with pytest.raises(UserError, match="would not stop"):
         run(recipe(broken, tmp_path / "e"), given=parts(pairs))
+
+
+def test_targets_by_chance_and_by_beams(finished, pairs):
+    sources = ["read: " + e.input for e in pairs[:6]]
+    for family in ("t5", "bart"):
+        model, tokenizer = finished[family].model, finished[family].tokenizer
+
+        def answers(decoding, batch_size, asked=sources, model=model, tokenizer=tokenizer):
+            return generate_answers(model, tokenizer, asked, max_new_tokens=8, batch_size=batch_size, decoding=decoding)
+
+        greedy = answers(Decoding(), 6)
+        for decoding in (Decoding(do_sample=True, temperature=2.0), Decoding(num_beams=3, no_repeat_ngram_size=2)):
+            alone = answers(decoding, 1)
+            assert answers(decoding, 12) == alone != greedy, family
+            assert answers(decoding, 4, sources[::-1])[::-1] == alone, family

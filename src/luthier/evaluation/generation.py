@@ -13,6 +13,7 @@ from luthier.data.render import end_of_turn_ids
 from luthier.decoding import Decoding
 from luthier.errors import UserError, shorten
 from luthier.evaluation.choice import Choice, generation_config, processors
+from luthier.evaluation.growing import grow
 from luthier.evaluation.state import measuring
 from luthier.models.heads import Head
 from luthier.models.pairs import opening
@@ -206,6 +207,8 @@ def _chosen(
             # A recurrent state (Mamba, hybrids) has taken up the padding of its row, and rows cannot leave its cache.
             each = zip(prompts, limits, strict=True)
             return [_generated(model, [prompt], limit, stops, decoding)[0] for prompt, limit in each]
+        if not new[alive[0]]:
+            grow(cache)
         chosen = choice(out.logits[:, -1], alive, new)  # [B]
         for row, token in zip(alive, chosen.tolist(), strict=True):
             new[row].append(token)
