@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier.data.render import prompt_text
-from luthier.evaluation import generation
+from luthier.evaluation import generation, growing
 from luthier.models.catalogue import embedded_model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,11 +50,11 @@ def main() -> int:
         return [answer.token_ids for answer in said]
 
     def with_their_cache() -> list[list[int]]:
-        kept, generation.grow = generation.grow, lambda cache: None
+        kept, growing.grow = growing.grow, lambda cache: None
         try:
             return ours()
         finally:
-            generation.grow = kept
+            growing.grow = kept
 
     def theirs() -> list[list[int]]:
         found: dict[int, list[int]] = {}

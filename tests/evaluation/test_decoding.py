@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig, Ma
 
 from luthier.decoding import Decoding
 from luthier.errors import UserError
-from luthier.evaluation import generation, growing
+from luthier.evaluation import growing
 from luthier.evaluation.choice import Choice
 from luthier.evaluation.generation import generate_answers
 from luthier.models.loading import load_tokenizer
@@ -188,7 +188,7 @@ def test_a_cache_with_room_holds_what_transformers_cache_holds(tiny, monkeypatch
     monkeypatch.setattr(growing, "_ROOM", room)
     ours = keys()
     assert len({len(row) for row in ours}) > 1
-    monkeypatch.setattr(generation, "grow", lambda cache: None)
+    monkeypatch.setattr(growing, "grow", lambda cache: None)
     assert keys() == ours
     assert len(caches[0]) == len(caches[1]) == 20
     assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from luthier.data.convert import openai_turns
 from luthier.data.encode import EncodedExample
 from luthier.data.pairs import PairEncoder
 from luthier.data.render import RenderError, prompt_text
@@ -153,6 +152,8 @@ class EndpointModel:
         Raises:
             UserError: the endpoint cannot be used at all, or not be told to decode so.
         """
+        from luthier.data.convert import openai_turns
+
         before = self.endpoint.usage.cached
         said = self.endpoint(
             [openai_turns(question.messages) for question in questions],

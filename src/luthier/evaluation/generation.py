@@ -13,7 +13,6 @@ from luthier.data.render import end_of_turn_ids
 from luthier.decoding import Decoding
 from luthier.errors import UserError, shorten
 from luthier.evaluation.choice import Choice, generation_config, processors
-from luthier.evaluation.growing import grow
 from luthier.evaluation.state import measuring
 from luthier.models.heads import Head
 from luthier.models.pairs import opening
@@ -179,6 +178,8 @@ def _chosen(
     model: Any, prompts: list[list[int]], limits: list[int], stops: list[int], decoding: Decoding
 ) -> list[list[int]]:
     """New token ids of each prompt. Rows leave the batch, and their keys and values the cache, once finished."""
+    from luthier.evaluation.growing import grow
+
     choice = Choice(decoding, prompts)
     device = next(model.parameters()).device
     virtual = VirtualTokens(model)

@@ -45,7 +45,12 @@ class GrowingLayer(DynamicLayer):
         """Add ``[B, H, T, d]`` keys and values; returns all of them, ``[B, H, L + T, d]``."""
         length = self.get_seq_length()
         if length + key_states.shape[2] > self._wide[0].shape[2]:
-            self._hold([torch.cat([t, new], 2) for t, new in ((self.keys, key_states), (self.values, value_states))])
+            self._hold(
+                [
+                    torch.cat([wide[:, :, :length], new], 2)
+                    for wide, new in zip(self._wide, (key_states, value_states), strict=True)
+                ]
+            )
         else:
             for wide, new in zip(self._wide, (key_states, value_states), strict=True):
                 wide[:, :, length : length + new.shape[2]] = new
