@@ -17,6 +17,7 @@ from luthier.data.chats import ChatEncoder
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
+from luthier.decoding import Decoding
 from luthier.errors import UserError
 from luthier.evaluation import measures, memorisation
 from luthier.evaluation.contestants import LocalModel, Models
@@ -334,7 +335,13 @@ def _answer(
                 contestant = LocalModel(model, tokenizer, encoded=part.encoded or None)
                 told = None if progress is None else _named(progress, f"{name}, {part.name}")
                 part.answers.append(
-                    contestant.answer(part.questions, max_new_tokens=part.most, batch_size=batch_size, progress=told)
+                    contestant.answer(
+                        part.questions,
+                        max_new_tokens=part.most,
+                        batch_size=batch_size,
+                        decoding=Decoding(),
+                        progress=told,
+                    )
                 )
                 losses = contestant.losses()
                 if losses is not None:

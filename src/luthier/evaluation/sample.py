@@ -9,7 +9,7 @@ from luthier.data.examples import TrainingExample
 from luthier.data.pairs import PairEncoder
 from luthier.errors import UserError
 from luthier.evaluation.comparison import questions_of
-from luthier.evaluation.contestants import LocalModel
+from luthier.evaluation.generation import generate_answers
 from luthier.evaluation.metrics import metric_of, metrics_for
 
 if TYPE_CHECKING:
@@ -67,8 +67,13 @@ class AnswerSample:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """The scores by name, and ``ended``, the share of answers that a stop token ended."""
-        answers = LocalModel(model, self.tokenizer, pairs=self.pairs).answer(
-            self.questions, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, progress=None
+        answers = generate_answers(
+            model,
+            self.tokenizer,
+            [question.prompt for question in self.questions],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            max_source_length=None if self.pairs is None else self.pairs.max_length,
         )
         texts = [answer.text for answer in answers]
         found = {metric.name: metric.score(texts, self.references) for metric in self.metrics}
