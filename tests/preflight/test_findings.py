@@ -300,7 +300,7 @@ def test_a_wrong_training_path_is_found_by_the_first_loss(tiny_model_dir):
     settings = recipe()
     _, dataset, model, loss, _ = ready(tiny_model_dir, settings, {"train": rows(40)})
     honest = first_loss(model, loss, dataset)
-    assert "first_loss" not in codes(check_first_loss(honest, math.log(49152), half=False))
+    assert "first_loss" not in codes(check_first_loss(honest, math.log(49152), coarse=False))
     original = loss.batch
 
     def shifted(examples):
@@ -309,7 +309,7 @@ def test_a_wrong_training_path_is_found_by_the_first_loss(tiny_model_dir):
         return batch
 
     loss.batch = shifted
-    assert codes(check_first_loss(first_loss(model, loss, dataset), 49152, half=False))["first_loss"] == "error"
+    assert codes(check_first_loss(first_loss(model, loss, dataset), 49152, coarse=False))["first_loss"] == "error"
 
 
 def test_settings_outside_the_advice_are_warned_of(tiny_model_dir, tmp_path):

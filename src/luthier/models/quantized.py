@@ -110,6 +110,12 @@ def is_quantized(parameter: torch.nn.Parameter) -> bool:
     return getattr(parameter, "quant_state", None) is not None or hasattr(parameter, "SCB")
 
 
+def rounds_inputs(model: torch.nn.Module) -> bool:
+    """Whether some products round their inputs to 8 bits, by scales that depend on what else is in the batch."""
+    origin = quantized_from(model)
+    return origin is not None and origin.quantization.bits == 8
+
+
 def unpacked(model: Any) -> tuple[Any, list[str]]:
     """A copy whose quantised layers are plain ones of the same weights, in float32: what it computes is rounded by
     the weights' quantisation alone, not by the inputs' (8 bits) nor by the precision of products.

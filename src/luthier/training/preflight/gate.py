@@ -12,6 +12,7 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.data.findings import Finding
 from luthier.methods.base import TuningMethod, parameter_counts
+from luthier.models.quantized import rounds_inputs
 from luthier.recipe import Recipe
 from luthier.training.fused import cuda, kernels
 from luthier.training.loss import LossFunction
@@ -88,7 +89,7 @@ def preflight(
         findings += checks.check_room(needs, run_dir, device, sharers)
         losses = checks.first_loss(model, loss_function, dataset)
         half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        findings += checks.check_first_loss(losses, chance, half)
+        findings += checks.check_first_loss(losses, chance, half or rounds_inputs(model))
         facts |= {
             "steps": plan.steps,
             "learning_rate": plan.learning_rate,
