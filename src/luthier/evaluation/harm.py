@@ -249,7 +249,9 @@ def measure_harm(
     checks = [check for name, _, _ in sets if asked[name].questions for check in _forgetting(asked[name], seed)]
     if trained:
         checks += _memorised(trained_asked, unseen_asked, begun, seed)
-    elif training:
+    elif not training:
+        notes.append("no training rows are at hand, so memorisation was not measured")
+    else:
         notes.append(
             f"no training row has an answer of {memorisation.LEAST_WORDS} words: shorter ones are no evidence of "
             "memorisation, which was not measured"
@@ -257,6 +259,8 @@ def measure_harm(
     judged = [part for part in (asked[GENERAL], held) if part.questions and part.answers]
     if training and judged:
         checks.append(_leaking(judged, training, seed))
+        if len(training) > _LEAKS_READ:
+            notes.append(f"answers were searched for those of the first {_LEAKS_READ:,} training rows alone")
     if judged:
         checks.append(_refusing(judged, seed))
         checks += _drifting(judged, seed, notes)
