@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from luthier.errors import shorten
-from luthier.evaluation.harm import Check, HarmReport
+from luthier.evaluation.harm import HarmReport
+from luthier.evaluation.harm_checks import Check
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
