@@ -11,9 +11,10 @@ from peft import PeftModel
 
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TaskType, TrainingExample
+from luthier.decoding import Decoding
 from luthier.deployment.parity import log_probabilities
 from luthier.errors import UserError
-from luthier.evaluation.generation import _greedy, _one_by_one
+from luthier.evaluation.generation import _chosen, _generated
 from luthier.evaluation.perplexity import perplexity_of_examples
 from luthier.methods import get_method
 from luthier.methods.base import trainable_parameters
@@ -25,6 +26,7 @@ from luthier.training.fused import reference
 from luthier.training.loss import LossFunction
 from luthier.training.progress import Silent
 
+GREEDY = Decoding()
 METHODS = ["prompt", "p_tuning", "prefix"]
 SHAPES = ["llama", "qwen3", "gemma3", "gpt2"]
 VOCABULARY = 300
@@ -171,7 +173,7 @@ def test_learns_saves_loads_and_switches_off(name, shape, tmp_path):
     with model.disable_adapter():
         assert torch.equal(log_probabilities(model, ids), untouched)
         # All of our paths too.
-        assert _greedy(model, [ids], [5], []) == _greedy(tiny(shape), [ids], [5], [])
+        assert _chosen(model, [ids], [5], [], GREEDY) == _chosen(tiny(shape), [ids], [5], [], GREEDY)
         base = perplexity_of_examples(model, rows_of(9, 30))
         assert base.nll_per_token == pytest.approx(perplexity_of_examples(tiny(shape), rows_of(9, 30)).nll_per_token)
 
@@ -191,11 +193,11 @@ def test_answers_are_those_without_a_cache_alone_or_in_a_batch(name, shape):
             for _ in range(6):
                 ids = torch.cat([ids, own_logits(model, ids)[:, -1:].argmax(-1)], 1)
             expected.append(ids[0, len(prompt) :].tolist())
-        together = _greedy(model, prompts, [6, 3, 6], [])
+        together = _chosen(model, prompts, [6, 3, 6], [], GREEDY)
         assert [together[0], together[1], together[2]] == [expected[0], expected[1][:3], expected[2]]
         for prompt, answer in zip(prompts, expected, strict=True):
-            assert _greedy(model, [prompt], [6], []) == [answer]
-            assert _one_by_one(model, [prompt], [6], []) == [answer]  # what the chat calls as well
+            assert _chosen(model, [prompt], [6], [], GREEDY) == [answer]
+            assert _generated(model, [prompt], 6, [], GREEDY) == [answer]  # what the chat calls as well
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -295,7 +295,7 @@ class Trainer:
         loss, count = self.validation_loss()
         state = self.state
         # Every process answers the same rows, for the pieces of a divided model must be at hand all the time.
-        scores = self._mean(self.answers(self.model)) if self.answers is not None else {}
+        scores = {} if self.answers is None else self._mean(self.division.call(self.answers, self.model))
         score = scores.get(self.settings.metric_for_best_model)
         best = state.best_loss is None or self._is_better(loss, score)
         if best:
