@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from luthier.evaluation.contestants import EndpointModel, LocalModel
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.loading import load_tokenizer
 from luthier.recipe import Columns, Source
-
-KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +61,7 @@ def compare_models(
     more_metrics: Sequence[str] = (),
     decoding: Decoding | None = None,
     resume: bool = True,
+    api_key_env: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Ask any models the questions of a file.
@@ -82,6 +80,7 @@ def compare_models(
         more_metrics: see :func:`luthier.evaluation.metrics.metric_of`.
         decoding: how answers are made; None: greedily.
         resume: whether answers that an interrupted comparison has kept are taken up.
+        api_key_env: the environment variable that holds the endpoints' key; None: no key is sent to any.
         progress: told ``(name, done, total)``.
 
     Raises:
@@ -100,7 +99,7 @@ def compare_models(
     opened: list[tuple[str, Callable[[], Any]]] = []
     for model in named:
         if _is_endpoint(model.place):
-            contestant = EndpointModel(_endpoint(model.place, max_new_tokens, resume))
+            contestant = EndpointModel(_endpoint(model.place, max_new_tokens, resume, api_key_env))
             opened.append((model.name, functools.partial(contextlib.nullcontext, contestant)))
         else:
             opened.append((model.name, functools.partial(_loaded, model.place, examples, system, resume)))
@@ -137,15 +136,14 @@ def _rows(data: str, columns: Mapping[str, str] | None, most: int | None) -> tup
     return found, notes
 
 
-def _endpoint(place: str, max_new_tokens: int, resume: bool) -> Endpoint:
+def _endpoint(place: str, max_new_tokens: int, resume: bool, api_key_env: str | None) -> Endpoint:
     url, _, model = place.rpartition("#")
     if not url:
         raise UserError(
             f"{place!r} names no model of the endpoint",
             remedy="write URL#MODEL, for example http://localhost:8000/v1#my-model",
         )
-    key = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None
-    return Endpoint(url, model, api_key_env=key, max_tokens=max_new_tokens, cache=None if resume else False)
+    return Endpoint(url, model, api_key_env=api_key_env, max_tokens=max_new_tokens, cache=None if resume else False)
 
 
 def _tokenizer_of(place: str) -> str | Path:

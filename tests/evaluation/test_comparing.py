@@ -52,7 +52,7 @@ def answer_of(body, number):
 
 
 def test_folders_and_an_endpoint_beside_each_other(terse_model_dir, other_dir, rows_file, tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-service")
     with chat_server(answer_of) as server:
         found = compare_models(
             [f"first={terse_model_dir}", str(other_dir), f"served={server.url}#echo"],
@@ -61,6 +61,8 @@ def test_folders_and_an_endpoint_beside_each_other(terse_model_dir, other_dir, r
             samples=2,
             more_metrics=["chrf++"],
         )
+        # A key goes where it is meant to go, and to no address that happens to be compared.
+        assert not any("Authorization" in headers for headers in server.headers)
         assert {body["temperature"] for body in server.bodies} == {0.0} and len(server.bodies) == 6
     assert [m.name for m in found.models] == ["first", "model", "served"]
     first, second, served = found.models
@@ -81,6 +83,14 @@ def test_folders_and_an_endpoint_beside_each_other(terse_model_dir, other_dir, r
     assert stored["rows"][0]["answers"]["served"]["scores"]["exact_match"] == 1
     assert stored["rows"][3]["answers"]["served"]["scores"]["exact_match"] == 0
     assert any("rows.jsonl:7 was left out" in note for note in found.notes)
+
+
+def test_a_key_is_sent_where_it_is_named(terse_model_dir, rows_file, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    with chat_server(answer_of) as server:
+        places = [str(terse_model_dir), f"{server.url}#m"]
+        compare_models(places, str(rows_file), max_examples=1, max_new_tokens=2, api_key_env="MY_KEY")
+    assert [headers["Authorization"] for headers in server.headers] == ["Bearer sk-mine"]
 
 
 def test_what_an_endpoint_does_not_answer_is_told_and_counts_as_wrong(terse_model_dir, rows_file):

@@ -190,6 +190,10 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn by chance.")] = 42,
     fresh: Fresh = False,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the endpoints' key; none: no key is sent.", show_default=False),
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(help="A metric beside those that apply: a name, or file.py:function; repeat.", show_default=False),
@@ -225,6 +229,7 @@ def compare(
             more_metrics=metric or (),
             decoding=decoding,
             resume=not fresh,
+            api_key_env=api_key_env,
             progress=lambda name, done, total: status.update(f"{name}: {done} of {total} rows"),
         )
     if output is not None:

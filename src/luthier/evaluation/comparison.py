@@ -280,7 +280,7 @@ def _suspicions(results: list[ModelResult], references: list[list[str]], limit: 
         if 2 * cut > count and empty < count:
             notes.append(
                 f"{result.name}: {cut} of {count} answers were cut at {limit} tokens, so their scores are those of "
-                "fragments; raise evaluation.max_new_tokens, or see whether the model has learnt to stop"
+                "fragments; raise max_new_tokens, or see whether the model has learnt to stop"
             )
         values = result.metrics
         if not math.isfinite(values.get("perplexity", 0.0)):
