@@ -153,7 +153,9 @@ def test_a_run_from_end_to_end_and_resumed(tmp_path, tiny_model_dir):
         )
 
     whole = run(recipe("whole"), given=given)
-    assert whole.comparison is not None
+    base, tuned = whole.comparison.models
+    assert (base.name, tuned.name) == ("base", "tuned")
+    assert base.metrics["perplexity"] != tuned.metrics["perplexity"]
     with pytest.raises(RuntimeError, match="power cut"):
         run(recipe("cut"), given=given, reporter=PowerCut())
     resumed = run(recipe("cut"), given=given, resume=True)

@@ -275,7 +275,9 @@ def test_a_run_from_end_to_end_and_resumed(name, tmp_path, terse_model_dir):
         )
 
     whole = run(recipe("whole"), given=given)
-    assert whole.comparison is not None
+    base, tuned = whole.comparison.models
+    assert (base.name, tuned.name) == ("base", "tuned")
+    assert base.metrics["perplexity"] != tuned.metrics["perplexity"]
     facts = json.loads((tmp_path / "whole/preflight.json").read_text())["facts"]
     first, plain = facts["first_loss"].values()
     assert first == pytest.approx(plain, rel=1e-4)

@@ -15,15 +15,14 @@ from luthier.data.examples import Source, TaskType
 from luthier.data.findings import Finding, places
 from luthier.data.preview import render_encoded
 from luthier.errors import UserError
-from luthier.evaluation.comparison import Comparison, compare
+from luthier.evaluation.comparison import Comparison
 from luthier.evaluation.sample import AnswerSample
 from luthier.recipe import Recipe
+from luthier.tasks.answers import check_sampling, judge_answers, sample_of
 from luthier.tasks.base import PARITY_TEXTS, Models, Task, asked_part, held_out, register
-from luthier.tasks.sampled import check_sampling, sample_of
 from luthier.tasks.text_checks import unknown_tokens
 from luthier.training.pair_loss import PairLoss
 from luthier.training.preflight.data_checks import SAMPLE, check_rows
-from luthier.training.runlog import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -92,25 +91,8 @@ class SeqToSeq(Task):
         if not part.encoded:
             return None
         encoded = list(itertools.islice(part.encoded, settings.max_examples))
-        with console.status(f"answering {len(encoded)} {part.name} rows") as status:
-            comparison = compare(
-                models,
-                dataset.tokenizer,
-                [part.examples[row.index] for row in encoded],
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                decoding=settings.decoding(recipe.seed),
-                resume=settings.resume,
-                samples=settings.samples,
-                more_metrics=settings.metrics,
-                seed=recipe.seed,
-                encoded=encoded,
-                pairs=dataset.pairs,
-                progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part.name} rows"),
-            )
-        write_json(target, comparison.to_json())
-        console.print(comparison.render())
-        return comparison
+        rows = [part.examples[row.index] for row in encoded]
+        return judge_answers(recipe, dataset, models, target, console, part=part.name, rows=rows, encoded=encoded)
 
     def answers(self, recipe: Recipe, dataset: Dataset) -> AnswerSample | None:
         """See :meth:`Task.answers`."""

@@ -16,12 +16,12 @@ from luthier.data.loader import load_source
 from luthier.data.preview import render_encoded
 from luthier.data.render import prompt_messages, prompt_text
 from luthier.errors import UserError
-from luthier.evaluation.comparison import Comparison, compare
+from luthier.evaluation.comparison import Comparison
 from luthier.evaluation.harm import GENERAL, HarmReport, measure_harm
 from luthier.evaluation.sample import AnswerSample
 from luthier.recipe import Recipe
+from luthier.tasks.answers import check_sampling, judge_answers, sample_of
 from luthier.tasks.base import PARITY_TEXTS, Judgement, Models, Task, asked_part, held_out, register
-from luthier.tasks.sampled import check_sampling, sample_of
 from luthier.training.loss import LossFunction
 from luthier.training.preflight.data_checks import check_conversations
 from luthier.training.runlog import write_json
@@ -79,25 +79,9 @@ class Causal(Task):
         if not chosen:
             return None
         wanted = set(chosen)
-        with console.status(f"answering {len(chosen)} {part.name} rows") as status:
-            comparison = compare(
-                models,
-                dataset.tokenizer,
-                [part.examples[i] for i in chosen],
-                system=dataset.system,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                decoding=settings.decoding(recipe.seed),
-                resume=settings.resume,
-                samples=settings.samples,
-                more_metrics=settings.metrics,
-                seed=recipe.seed,
-                encoded=[row for row in part.encoded if row.index in wanted],
-                progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part.name} rows"),
-            )
-        write_json(target, comparison.to_json())
-        console.print(comparison.render())
-        return comparison
+        rows = [part.examples[i] for i in chosen]
+        encoded = [row for row in part.encoded if row.index in wanted]
+        return judge_answers(recipe, dataset, models, target, console, part=part.name, rows=rows, encoded=encoded)
 
     def answers(self, recipe: Recipe, dataset: Dataset) -> AnswerSample | None:
         """See :meth:`Task.answers`."""
