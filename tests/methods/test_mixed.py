@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import tiny
+from families import tiny
 
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError

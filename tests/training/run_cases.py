@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import Bench
+from bench import Bench
 
 from luthier.training.division import Shards
 from luthier.training.loop import Trainer

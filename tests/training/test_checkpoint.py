@@ -145,7 +145,7 @@ sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from conftest import Bench
+from bench import Bench
 bench = Bench(Path(sys.argv[1]))
 recipe = bench.recipe("lora", max_steps=40, save_steps=1, eval_steps=7, save_total_limit=3)
 folder = Path(sys.argv[2])

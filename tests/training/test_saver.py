@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import weights
+from bench import weights
 
 from luthier.errors import UserError
 from luthier.training.checkpoint import Checkpoints, TrainState
