@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier.data.render import prompt_text
+from luthier.decoding import BATCH_SIZE
 from luthier.evaluation import generation, growing
 from luthier.models.catalogue import embedded_model_folder
 
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's test questions, JSONL with `question`")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -16,7 +16,7 @@ from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
-from luthier.decoding import Decoding
+from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.endpoint import Endpoint
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
@@ -56,7 +56,7 @@ def compare_models(
     system: str | None = None,
     max_examples: int | None = 200,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     samples: int = 3,
     more_metrics: Sequence[str] = (),
     decoding: Decoding | None = None,

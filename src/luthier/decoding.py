@@ -8,6 +8,9 @@ from typing import Any
 
 from luthier.errors import UserError
 
+BATCH_SIZE = 64
+"""Prompts answered at once, where nothing else is said and memory suffices."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decoding:

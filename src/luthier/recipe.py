@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from rapidfuzz import process
 
-from luthier.decoding import Decoding
+from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.errors import UserError, shorten
 from luthier.method_options import METHODS_BY_NAME, LoraMethod, Method
 from luthier.section import Section
@@ -271,8 +271,8 @@ class EvaluationSection(Section):
     """Test rows to generate answers for; empty: all."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer, in tokens."""
-    batch_size: int = Field(16, ge=1)
-    """Prompts answered at once; with beams, beams."""
+    batch_size: int = Field(BATCH_SIZE, ge=1)
+    """Prompts answered at once, fewer where memory would not suffice; with beams, beams."""
     do_sample: bool = False
     """Draw tokens by chance, from the recipe's seed and each prompt; false: the likeliest ones."""
     temperature: float = Field(1.0, gt=0)

@@ -10,6 +10,8 @@ import torch
 from luthier.data.render import prompt_text
 from luthier.errors import UserError
 from luthier.evaluation.generation import generate_answers, stop_tokens
+from luthier.evaluation.room import rows_that_fit
+from luthier.training.preflight.model_checks import free_memory
 
 QUESTIONS = [
     "What is 2 + 2? Answer with one number.",
@@ -151,3 +153,13 @@ def test_a_model_of_states_answers_as_without_a_cache(tokenizer):
         assert answer.token_ids == ids[:end]
         assert answer.stopped == (stop in ids)
     assert model.generation_config.repetition_penalty == 9.0
+
+
+def test_as_many_rows_as_memory_holds_of_their_keys_and_values(base_model):
+    with torch.no_grad():
+        out = base_model(input_ids=torch.ones(1, 64, dtype=torch.long), use_cache=True, logits_to_keep=1)
+    a_token = sum(t.nbytes for layer in out.cache.layers for t in (layer.keys, layer.values)) / 64
+    rows, free = rows_that_fit(base_model, 1, 2_000), free_memory(torch.device("cpu"))
+    assert rows * 2_000 * a_token == pytest.approx(0.5 * free, rel=0.3)
+    assert rows_that_fit(base_model, 8_000, 256) < rows_that_fit(base_model, 800, 256) / 10
+    assert rows_that_fit(base_model, 10**7, 256) == 1

@@ -10,6 +10,7 @@ import typer
 
 from luthier import __version__
 from luthier.cli import app
+from luthier.decoding import BATCH_SIZE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,7 +183,7 @@ def compare(
     system: Annotated[str | None, typer.Option(help="System message for rows that have none.")] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="The file's first rows.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = BATCH_SIZE,
     samples: Annotated[int, typer.Option(min=0, help="Answers shown side by side.")] = 3,
     num_beams: Annotated[int, typer.Option(min=1, help="Beginnings followed at once; 1: no beam search.")] = 1,
     temperature: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.data.render import RenderError, prompt_text
+from luthier.decoding import BATCH_SIZE
 from luthier.endpoint import Answerer, Conversation
 from luthier.errors import UserError
 from luthier.evaluation.generation import generate_answers
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def answerer_of(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 512, batch_size: int = 16
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = BATCH_SIZE,
 ) -> Answerer:
     """A loaded model as an answerer: its most likely answers, so that seeds change nothing.
 
@@ -55,7 +60,7 @@ def answerer_of(
     return answer
 
 
-def local_answerer(name: str | Path, *, max_new_tokens: int = 512, batch_size: int = 16) -> Answerer:
+def local_answerer(name: str | Path, *, max_new_tokens: int = 512, batch_size: int = BATCH_SIZE) -> Answerer:
     """A model of this machine as an answerer; it is loaded when it is first asked.
 
     Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.data.pairs import PairEncoder
-from luthier.decoding import Decoding
+from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.errors import UserError
 from luthier.evaluation import measures, metrics
 from luthier.evaluation.contestants import Contestant, LocalModel, Models
@@ -141,7 +141,7 @@ def compare(
     *,
     system: str | None = None,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     samples: int = 3,
     progress: Callable[[str, int, int], None] | None = None,
     encoded: Sequence[EncodedExample] | None = None,

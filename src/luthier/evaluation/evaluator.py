@@ -8,6 +8,7 @@ from typing import Any
 from luthier.data.examples import Message, TrainingExample
 from luthier.data.pairs import PairEncoder
 from luthier.data.render import RenderError, prompt_messages, prompt_text
+from luthier.decoding import BATCH_SIZE
 from luthier.errors import UserError, shorten
 from luthier.evaluation.generation import Answer, generate_answers
 from luthier.evaluation.metrics import score
@@ -112,7 +113,7 @@ class FineTuneEvaluator:
         self,
         test_examples: Iterable[TrainingExample | Mapping[str, Any]],
         max_length: int = 256,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
     ) -> dict[str, float]:
         """Answers every example greedily and scores the answers.
 

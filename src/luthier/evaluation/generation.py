@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.data.render import end_of_turn_ids
-from luthier.decoding import Decoding
+from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.errors import UserError, shorten
 from luthier.evaluation.choice import Choice, generation_config, processors
+from luthier.evaluation.room import rows_that_fit
 from luthier.evaluation.state import measuring
 from luthier.models.heads import Head
 from luthier.models.pairs import opening
@@ -44,7 +45,7 @@ def generate_answers(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     stop_token_ids: Iterable[int] | None = None,
     max_source_length: int | None = None,
     decoding: Decoding | None = None,
@@ -67,7 +68,7 @@ def generate_answers(
         prompts: rendered texts, as ``luthier.data.render.prompt_text`` makes them; no special token is added. To an
             encoder-decoder, sources, which get those that the tokenizer puts around them.
         max_new_tokens: longest answer in tokens; less where the model's context ends before.
-        batch_size: prompts answered at once; with beams, beams.
+        batch_size: prompts answered at once, fewer where memory would not suffice; with beams, beams.
         stop_token_ids: tokens that end an answer; None: those of :func:`stop_tokens`.
         max_source_length: an encoder-decoder reads so many tokens of a longer source, as in training.
         decoding: how tokens are chosen; None: greedily.
@@ -104,7 +105,7 @@ def generate_answers(
     answers: dict[int, Answer] = {}
     # SDPA, for packed training attention takes no cache.
     with measuring(model, "sdpa" if model.config._attn_implementation == "luthier" else None):  # type: ignore[union-attr]
-        for rows in _batches(encoded, batch_size, decoding):
+        for rows in _batches(model, encoded, limits, batch_size, decoding):
             asked, room = [encoded[i] for i in rows], [limits[i] for i in rows]
             if pairs:
                 new = _targets(model, asked, room, stops, begins, decoding)
@@ -158,16 +159,18 @@ def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> i
     return min(wanted, context - len(ids))
 
 
-def _batches(encoded: Sequence[Sequence[int]], batch_size: int, decoding: Decoding) -> Iterator[list[int]]:
+def _batches(
+    model: Any, encoded: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int, decoding: Decoding
+) -> Iterator[list[int]]:
     """Numbers of the prompts that share a batch: those of like length, with beams of one length.
 
     Long prompts come first: where memory does not suffice, that shows at once.
     """
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    most = max(1, batch_size // decoding.num_beams)
     begin = 0
     while begin < len(order):
-        rows = order[begin : begin + most]
+        most = rows_that_fit(model, len(encoded[order[begin]]), max(limits)) if batch_size > 1 else 1
+        rows = order[begin : begin + max(1, min(most, batch_size) // decoding.num_beams)]
         if decoding.num_beams > 1:
             rows = [i for i in rows if len(encoded[i]) == len(encoded[rows[0]])]
         yield rows

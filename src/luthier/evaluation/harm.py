@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.chats import ChatEncoder
 from luthier.data.examples import TrainingExample
 from luthier.data.render import Renderer
-from luthier.decoding import Decoding
+from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.errors import UserError
 from luthier.evaluation import memorisation
 from luthier.evaluation.contestants import LocalModel, Models
@@ -71,7 +71,7 @@ def forgetting(
     name: str = GENERAL,
     system: str | None = None,
     max_new_tokens: int = GENERAL_TOKENS,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     seed: int = 42,
     progress: Progress | None = None,
 ) -> list[Check]:
@@ -118,7 +118,7 @@ def measure_harm(
     system: str | None = None,
     rows: int = 50,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     seed: int = 42,
     progress: Progress | None = None,
 ) -> HarmReport:

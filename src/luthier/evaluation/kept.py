@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.decoding import Decoding
+from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.errors import UserError
 from luthier.evaluation.generation import Answer, Progress, generate_answers, stop_tokens
 from luthier.models.fingerprint import identity
@@ -38,7 +38,7 @@ def kept_answers(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     max_source_length: int | None = None,
     decoding: Decoding | None = None,
     resume: bool = True,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.examples import TrainingExample
 from luthier.data.pairs import PairEncoder
+from luthier.decoding import BATCH_SIZE
 from luthier.errors import UserError
 from luthier.evaluation.comparison import questions_of
 from luthier.evaluation.generation import generate_answers
@@ -43,7 +44,7 @@ class AnswerSample:
         system: str | None = None,
         pairs: PairEncoder | None = None,
         max_new_tokens: int = 256,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         if not examples:
             raise UserError(
