@@ -9,7 +9,12 @@ from typing import Any, get_args
 from luthier import recipe
 
 SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
-    ("", recipe.Recipe, "The whole: sections, and two keys of its own."),
+    (
+        "",
+        recipe.Recipe,
+        "The whole: sections, and two keys of its own. One value stands for a section: `model: smollm2`, "
+        "`data: train.jsonl`, `method: full`, `task: instruction`.",
+    ),
     *[
         (f"task ({kind.model_fields['name'].default})", kind, (kind.__doc__ or "").strip())
         for kind in get_args(get_args(recipe.Task)[0])

@@ -352,14 +352,15 @@ class Recipe(Section):
     seed: int = Field(42, ge=0)
     """Seed of the split, the order of examples, dropout and initial adapter weights."""
 
-    @field_validator("task", "method", mode="before")
+    @field_validator("task", "method", "model", "data", mode="before")
     @classmethod
-    def _by_name(cls, value: Any, info: ValidationInfo) -> Any:
-        """``method: full`` is short for ``method: {name: full}``, ``task`` is alike; the usual name may be left out."""
-        if isinstance(value, str):
-            return {"name": value}
-        if isinstance(value, dict) and "name" not in value:
-            return {"name": "lora" if info.field_name == "method" else "causal_lm", **value}
+    def _by_one_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """``method: full`` is short for ``method: {name: full}``; a method or task without a name is the usual one."""
+        section = str(info.field_name)
+        if isinstance(value, (str, list)):
+            return {_SHORT[section]: value}
+        if isinstance(value, dict) and "name" not in value and section in _NAMED:
+            return {"name": "lora" if section == "method" else "causal_lm", **value}
         return value
 
     @classmethod
@@ -435,6 +436,9 @@ class Recipe(Section):
 # Sections that are one of several kinds, by their names.
 _NAMED: dict[str, dict[str, type[Section]]] = {"method": METHODS_BY_NAME, "task": TASKS_BY_NAME}
 
+# Sections that one value can stand for, by the key that it is then the value of.
+_SHORT = {"method": "name", "task": "name", "model": "name", "data": "train"}
+
 
 def _anchored(path: str, folder: Path) -> str:
     expanded = Path(path).expanduser()
@@ -446,7 +450,7 @@ def _from_here(override: str) -> str:
     key, _, value = override.partition("=")
     known = (
         *("data.train", "data.validation", "data.test", "data.benchmarks", "evaluation.general"),
-        *("model.chat_template", "model.name"),
+        *("model.chat_template", "model.name", "model", "data"),
     )
     return f"{key}={Path(value).absolute()}" if key.strip() in known and Path(value).exists() else override
 
@@ -469,8 +473,8 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
         *sections, last = key.strip().split(".")
         for section in sections:
             child = node.setdefault(section, {})
-            if isinstance(child, str) and section in _NAMED:
-                child = node[section] = {"name": child}
+            if isinstance(child, (str, list)) and node is content and section in _SHORT:
+                child = node[section] = {_SHORT[section]: child}
             if not isinstance(child, dict):
                 raise UserError(f"override {override!r}: {section!r} is a value, not a section")
             node = child
@@ -510,6 +514,9 @@ def _explain(error: ValidationError, where: str | None) -> UserError:
         elif item["type"] == "union_tag_invalid":
             known = ", ".join(kinds)
             problems.append(f"{key}.name: unknown {key} {shorten(item['input'].get('name'))}; known: {known}")
+        elif item["type"] == "model_type":
+            keys = ", ".join(k.rpartition(".")[2] for k in known_keys() if k.rpartition(".")[0] == key)
+            problems.append(f"{key or 'recipe'} is a section, not {shorten(item['input'])}: it has {keys}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{key or 'recipe'}: {message[:1].lower()}{message[1:]} (got {shorten(item['input'])})")

@@ -130,3 +130,20 @@ def test_options_of_decoding_that_exclude_each_other_are_told(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             Recipe.load(write(tmp_path, text))
+
+
+def test_one_value_stands_for_a_section(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    path = write(tmp_path, "model: smollm2\ndata: rows.jsonl\nmethod: full\ntask: instruction\n")
+    recipe = Recipe.load(path, ["model.dtype=float32", "data.max_length=64"])
+    assert (recipe.model.name, recipe.model.dtype) == ("smollm2", "float32")
+    assert [source.path for source in recipe.data.train] == [str(tmp_path / "rows.jsonl")]
+    assert (recipe.data.max_length, recipe.method.name, recipe.task.name) == (64, "full", "instruction")
+    assert len(Recipe.load(write(tmp_path, "data: [a.jsonl, b.jsonl]\n")).data.train) == 2
+
+
+def test_a_value_in_place_of_a_section_is_told_with_the_keys_that_it_has(tmp_path):
+    with pytest.raises(UserError, match="evaluation is a section, not 3: it has enabled, max_examples"):
+        Recipe.load(write(tmp_path, "evaluation: 3\n"))
+    with pytest.raises(UserError, match="training is a section, not 'fast': it has num_train_epochs"):
+        Recipe.load(write(tmp_path, "training: fast\n"))
