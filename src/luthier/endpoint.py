@@ -9,8 +9,8 @@ import os
 import random
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -134,6 +134,7 @@ class Endpoint:
         *,
         tools: Sequence[list[dict[str, Any]] | None] | None = None,
         parameters: Mapping[str, Any] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[str | UserError]:
         """Answers in the order of the conversations, or in an answer's place why there is none.
 
@@ -143,6 +144,7 @@ class Endpoint:
             tools: for each conversation the tools that it offers. Calls are written as JSON, one a line; behind a text,
                 each in ``<tool_call>``.
             parameters: further fields of these requests, before those of the endpoint.
+            progress: told how many conversations of all are done, those found on disk among them.
 
         Raises:
             UserError: the endpoint refuses the key, does not know the model or the address, or answers nothing.
@@ -156,9 +158,12 @@ class Endpoint:
         keys = [self._hash(body) for body in bodies]
         found: dict[str, str | UserError] = dict(self._cache.get(keys)) if self._cache else {}
         wanted = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
-        self.usage.cached += len(bodies) - len(wanted)
+        there = len(bodies) - len(wanted)
+        self.usage.cached += there
+        if there and progress is not None:
+            progress(there, len(bodies))
         if wanted:
-            found |= self._ask(wanted)
+            found |= self._ask(wanted, None if progress is None else lambda done: progress(there + done, len(bodies)))
         return [found[key] for key in keys]
 
     @cached_property
@@ -179,7 +184,9 @@ class Endpoint:
         text = json.dumps([self.base_url, body], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _ask(self, wanted: dict[str, dict[str, Any]]) -> dict[str, str | UserError]:
+    def _ask(
+        self, wanted: dict[str, dict[str, Any]], progress: Callable[[int], None] | None
+    ) -> dict[str, str | UserError]:
         """Ask for every body, each answer kept as it comes."""
         self._stopping.clear()
         _ = self._client  # made before the threads ask for it
@@ -188,10 +195,10 @@ class Endpoint:
         try:
             for key, body in wanted.items():
                 futures[key] = pool.submit(self._answer, key, body)
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
-            for future in futures.values():
-                if future.done() and (error := future.exception()) is not None:
-                    raise error
+            for done, future in enumerate(as_completed(futures.values()), 1):
+                future.result()  # raises what no request can get past
+                if progress is not None:
+                    progress(done)
             return {key: future.result() for key, future in futures.items()}
         finally:  # at an error and at Ctrl-C: what has not begun does not begin, and no one waits for a retry
             self._stopping.set()

@@ -160,6 +160,7 @@ class EndpointModel:
             [decoding.seed if decoding.do_sample else 0] * len(questions),
             tools=[question.tools for question in questions],
             parameters=self._parameters(decoding),
+            progress=progress,
         )
         self.kept = self.endpoint.usage.cached - before
         failed = Counter(answer.what for answer in said if isinstance(answer, UserError))
@@ -167,8 +168,6 @@ class EndpointModel:
             self.notes.append(
                 f"{count:,} of {len(said):,} questions were not answered, which scores as empty: {reason}"
             )
-        if progress is not None:
-            progress(len(questions), len(questions))
         return [Answer("" if isinstance(a, UserError) else a, [], not isinstance(a, UserError), 0) for a in said]
 
     def _parameters(self, decoding: Decoding) -> Mapping[str, Any]:
