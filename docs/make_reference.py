@@ -31,6 +31,7 @@ SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
     ],
     ("training", recipe.TrainingSection, "The training loop, with Hugging Face's names."),
     ("evaluation", recipe.EvaluationSection, "The comparison of base and tuned after training."),
+    ("evaluation.judge", recipe.JudgeSection, "A model that judges the answers; endpoint and model switch it on."),
     ("deployment", recipe.DeploymentSection, "What is made of the tuned model."),
 ]
 

@@ -21,6 +21,7 @@ from luthier.endpoint import Endpoint
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
 from luthier.evaluation.contestants import EndpointModel, LocalModel
+from luthier.evaluation.judge import MAX_TOKENS, Judge
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.loading import load_tokenizer
 from luthier.recipe import Columns, Source
@@ -62,6 +63,7 @@ def compare_models(
     decoding: Decoding | None = None,
     resume: bool = True,
     api_key_env: str | None = None,
+    judge: Judge | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Ask any models the questions of a file.
@@ -81,6 +83,8 @@ def compare_models(
         decoding: how answers are made; None: greedily.
         resume: whether answers that an interrupted comparison has kept are taken up.
         api_key_env: the environment variable that holds the endpoints' key; None: no key is sent to any.
+        judge: says which answers it prefers: see :func:`judge_at`. Where it gives up, the comparison is there all the
+            same, and its ``judging`` says why.
         progress: told ``(name, done, total)``.
 
     Raises:
@@ -114,10 +118,65 @@ def compare_models(
         more_metrics=more_metrics,
         decoding=decoding,
         resume=resume,
+        judge=judge,
         progress=progress,
     )
     comparison.notes[:0] = notes
+    own = None if judge is None else f"{judge.endpoint.base_url}#{judge.endpoint.model}"
+    for model in named:
+        if model.place == own:
+            comparison.notes.append(
+                f"judge: it is {model.name} itself, and models prefer their own answers: name another as judge"
+            )
     return comparison
+
+
+def judge_at(
+    place: str,
+    models: Sequence[str] = (),
+    *,
+    prompt: str | Path | None = None,
+    examples: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+    resume: bool = True,
+    api_key_env: str | None = None,
+    models_key_env: str | None = None,
+) -> Judge:
+    """A judge of a comparison.
+
+    Args:
+        place: ``URL#MODEL`` of an endpoint.
+        models: what is compared: see :func:`compare_models`.
+        prompt: see :meth:`Judge.at`, as for examples, max_tokens and resume.
+        examples: see there.
+        max_tokens: see there.
+        resume: see there.
+        api_key_env: the environment variable that holds the judge's key.
+        models_key_env: that of the compared endpoints' key. It is the judge's too where none of them is elsewhere:
+            a key of one service goes to no other.
+
+    Raises:
+        UserError: the judge cannot be used.
+    """
+    if not _is_endpoint(place):
+        raise UserError(
+            f"the judge {place!r} is no endpoint",
+            where="--judge",
+            remedy="write URL#MODEL, for example http://localhost:8000/v1#my-model; a server runs a local model",
+        )
+    url, model = _parted(place)
+    others = {_parted(named.place)[0] for named in map(Named.of, models) if _is_endpoint(named.place)}
+    if api_key_env is None and others <= {url}:
+        api_key_env = models_key_env
+    return Judge.at(
+        url,
+        model,
+        api_key_env=api_key_env,
+        prompt=prompt,
+        examples=examples,
+        max_tokens=max_tokens,
+        resume=resume,
+    )
 
 
 def _rows(data: str, columns: Mapping[str, str] | None, most: int | None) -> tuple[list[TrainingExample], list[str]]:
@@ -137,13 +196,19 @@ def _rows(data: str, columns: Mapping[str, str] | None, most: int | None) -> tup
 
 
 def _endpoint(place: str, max_new_tokens: int, resume: bool, api_key_env: str | None) -> Endpoint:
+    url, model = _parted(place)
+    return Endpoint(url, model, api_key_env=api_key_env, max_tokens=max_new_tokens, cache=None if resume else False)
+
+
+def _parted(place: str) -> tuple[str, str]:
+    """An endpoint's address, and the model there."""
     url, _, model = place.rpartition("#")
-    if not url:
+    if not url or not model:
         raise UserError(
             f"{place!r} names no model of the endpoint",
             remedy="write URL#MODEL, for example http://localhost:8000/v1#my-model",
         )
-    return Endpoint(url, model, api_key_env=api_key_env, max_tokens=max_new_tokens, cache=None if resume else False)
+    return url.rstrip("/"), model
 
 
 def _tokenizer_of(place: str) -> str | Path:

@@ -88,6 +88,7 @@ def evaluate_run(
         models.append(("merged", lambda: contextlib.nullcontext(load_model(folder.path / "merged"))))
     name = Path(data).stem if data else "comparison"
     task = get_task(recipe.task.name)
+    task.check(recipe)
     if harm and not task.writes:
         raise UserError(
             f"harm is measured of models that answer prompts, and task={task.type} makes none",

@@ -264,6 +264,22 @@ class TrainingSection(Section):
     _listed = field_validator("report_to", mode="before")(_as_list)
 
 
+class JudgeSection(Section):
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server, up to and with /v1, where a model says which of two answers is better;
+    empty: nobody does."""
+    model: str | None = None
+    """The judge's name there."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; empty: no key is sent."""
+    prompt: str | None = None
+    """A file with another prompt than luthier's; it has {question}, {answer_a}, {answer_b}; {reference} if wanted."""
+    examples: int | None = Field(None, ge=1)
+    """Rows that are judged, of the first ones, by two requests for each model; empty: all."""
+    max_tokens: int = Field(2048, ge=1)
+    """Longest reply, in tokens."""
+
+
 class EvaluationSection(Section):
     enabled: bool = True
     """Compare base and tuned on the test rows after training."""
@@ -299,6 +315,8 @@ class EvaluationSection(Section):
     about as long as the comparison; `luthier evaluate RUN --harm` does it later."""
     general: list[Source] = Field(default_factory=list)
     """Rows that should not be forgotten either, beside the general set that comes with luthier; with harm."""
+    judge: JudgeSection = Field(default_factory=JudgeSection)
+    """A model that judges the answers of base and tuned, in both orders."""
 
     _listed = field_validator("general", mode="before")(_as_list)
 
@@ -422,6 +440,8 @@ class Recipe(Section):
             file, colon, function = step.name.rpartition(":")
             if file.endswith(".py"):
                 step.name = f"{_anchored(file, folder)}{colon}{function}"
+        if recipe.evaluation.judge.prompt:
+            recipe.evaluation.judge.prompt = _anchored(recipe.evaluation.judge.prompt, folder)
         if recipe.model.chat_template:
             recipe.model.chat_template = _anchored(recipe.model.chat_template, folder)
         if (folder / recipe.model.name).is_dir() and not Path(recipe.model.name).is_absolute():
@@ -450,7 +470,7 @@ def _from_here(override: str) -> str:
     key, _, value = override.partition("=")
     known = (
         *("data.train", "data.validation", "data.test", "data.benchmarks", "evaluation.general"),
-        *("model.chat_template", "model.name", "model", "data"),
+        *("model.chat_template", "model.name", "model", "data", "evaluation.judge.prompt"),
     )
     return f"{key}={Path(value).absolute()}" if key.strip() in known and Path(value).exists() else override
 

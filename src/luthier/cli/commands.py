@@ -159,10 +159,13 @@ def evaluate(
     fresh: Fresh = False,
 ) -> None:
     """Compare base, tuned and merged model on held-out rows."""
+    from luthier.evaluation.comparison import Comparison
     from luthier.finished import evaluate_run
 
     changes = [*(overrides or ()), *(["evaluation.resume=false"] if fresh else [])]
-    evaluate_run(run, data=data, overrides=changes, harm=harm, console=_console())
+    found = evaluate_run(run, data=data, overrides=changes, harm=harm, console=_console())
+    if isinstance(found, Comparison):
+        found.require_judged()
 
 
 @app.command()
@@ -195,6 +198,32 @@ def compare(
         str | None,
         typer.Option(help="Environment variable with the endpoints' key; none: no key is sent.", show_default=False),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="URL#MODEL of an OpenAI-compatible endpoint that says which answers are better.", show_default=False
+        ),
+    ] = None,
+    judge_prompt: Annotated[
+        Path | None,
+        typer.Option(
+            help="What it is asked, in place of luthier's words: a file with {question}, {answer_a}, {answer_b} and, "
+            "if wanted, {reference}.",
+            show_default=False,
+        ),
+    ] = None,
+    judge_examples: Annotated[
+        int | None, typer.Option(min=1, help="First rows that are judged; none: all.", show_default=False)
+    ] = None,
+    judge_max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge, in tokens.")] = 2048,
+    judge_api_key_env: Annotated[
+        str | None,
+        typer.Option(
+            help="Environment variable with the judge's key; none: --api-key-env where no compared endpoint is "
+            "elsewhere.",
+            show_default=False,
+        ),
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(help="A metric beside those that apply: a name, or file.py:function; repeat.", show_default=False),
@@ -204,7 +233,7 @@ def compare(
     ] = None,
 ) -> None:
     """Ask any models the same questions: scores with intervals, what changed and how surely, rows side by side."""
-    from luthier.comparing import compare_models
+    from luthier.comparing import compare_models, judge_at
     from luthier.decoding import Decoding
     from luthier.errors import UserError
     from luthier.training.runlog import write_json
@@ -212,6 +241,20 @@ def compare(
     columns = dict(pair.partition("=")[::2] for pair in column or ())
     if not all(columns.values()):
         raise UserError("--column wants part=column", where="--column", remedy="for example --column prompt=question")
+    chosen = None
+    if judge is not None:
+        chosen = judge_at(
+            judge,
+            models,
+            prompt=judge_prompt,
+            examples=judge_examples,
+            max_tokens=judge_max_tokens,
+            resume=not fresh,
+            api_key_env=judge_api_key_env,
+            models_key_env=api_key_env,
+        )
+    elif judge_prompt or judge_examples or judge_api_key_env:
+        raise UserError("nobody is named to judge", where="--judge", remedy="name URL#MODEL, or leave its options out")
     console = _console()
     chance = temperature is not None
     decoding = Decoding(
@@ -231,11 +274,13 @@ def compare(
             decoding=decoding,
             resume=not fresh,
             api_key_env=api_key_env,
+            judge=chosen,
             progress=lambda name, done, total: status.update(f"{name}: {done} of {total} rows"),
         )
     if output is not None:
         write_json(output, found.to_json())
     console.print(found.render())
+    found.require_judged()
 
 
 @app.command()

@@ -16,6 +16,8 @@ from luthier.errors import UserError
 from luthier.evaluation import measures, metrics
 from luthier.evaluation.contestants import Contestant, LocalModel, Models
 from luthier.evaluation.generation import Answer
+from luthier.evaluation.judge import Judge, judge_models
+from luthier.evaluation.judged import Judging
 from luthier.evaluation.measures import Measure
 from luthier.evaluation.metrics.functions import RowFunction
 from luthier.evaluation.question import Question, ask, ask_source
@@ -69,6 +71,8 @@ class Comparison:
     """What looks wrong, in words."""
     decoding: Decoding = field(default_factory=Decoding)
     """How the answers were made."""
+    judging: Judging | None = None
+    """Which answers a judge prefers; None: nobody was asked."""
 
     def improved(self, model: ModelResult) -> list[int]:
         """Rows on which a model is better than the first one, the largest gain first."""
@@ -83,6 +87,15 @@ class Comparison:
         gains = sign * (after.rows - before.rows)
         return [int(row) for row in (-gains).argsort(kind="stable") if gains[row] > 0]
 
+    def require_judged(self) -> None:
+        """Nothing where no judge was asked, or it has judged to the end.
+
+        Raises:
+            UserError: why it gave up.
+        """
+        if self.judging is not None and self.judging.error is not None:
+            raise self.judging.error
+
     def render(self) -> RenderableType:
         """See :func:`luthier.evaluation.comparison_view.render_comparison`."""
         from luthier.evaluation.comparison_view import render_comparison
@@ -93,7 +106,9 @@ class Comparison:
         """Everything, as what ``json.dumps`` takes: scores by model, notes, and each row with every answer."""
         rows = []
         for i, question in enumerate(self.questions):
-            answers = {m.name: asdict(m.answers[i]) | {"scores": _row_scores(m, i)} for m in self.models}
+            answers = {
+                m.name: asdict(m.answers[i]) | {"scores": _row_scores(m, i)} | self._verdict(m, i) for m in self.models
+            }
             rows.append(asdict(question) | {"answers": answers})
         models = {}
         for model in self.models:
@@ -116,8 +131,14 @@ class Comparison:
             "notes": self.notes,
             "signatures": self.signatures,
             "samples": self.samples,
+            **({} if self.judging is None else {"judge": self.judging.to_json()}),
             "rows": rows,
         }
+
+    def _verdict(self, model: ModelResult, row: int) -> dict[str, Any]:
+        """What the judge said of one row, where it was asked."""
+        judged = None if self.judging is None else self.judging.models.get(model.name)
+        return {} if judged is None or row >= len(judged.verdicts) else {"judge": judged.verdicts[row].to_json()}
 
 
 def _number(value: float) -> float | None:
@@ -150,6 +171,7 @@ def compare(
     seed: int = 42,
     decoding: Decoding | None = None,
     resume: bool = True,
+    judge: Judge | None = None,
 ) -> Comparison:
     """Ask every model the same questions and score the answers.
 
@@ -168,6 +190,7 @@ def compare(
         seed: of the resamples that intervals and significance come from.
         decoding: how answers are made; None: greedily.
         resume: whether answers that an interrupted evaluation has kept are taken up.
+        judge: says which answers it prefers; where it gives up, the comparison's ``judging`` says why.
 
     Raises:
         UserError: fewer than two models, names given twice, no row that can be asked, or a metric that does not apply.
@@ -211,7 +234,12 @@ def compare(
     judged_by = next((n for n in _RIGHT if any(m.metrics.get(n) for m in results)), "rougeL")
     notes += _suspicions(results, references, max_new_tokens)
     chosen = _choose(results[0].measures, results[1].measures, judged_by, samples)
-    return Comparison(questions, results, chosen, judged_by, signatures, notes, decoding)
+    judging = None
+    if judge is not None:
+        said = [(result.name, [answer.text for answer in result.answers]) for result in results]
+        judging = judge_models(judge, questions, said, progress=progress)
+        notes += judging.notes()
+    return Comparison(questions, results, chosen, judged_by, signatures, notes, decoding, judging)
 
 
 def _result(

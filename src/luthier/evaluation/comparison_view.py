@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.evaluation.comparison import Comparison, ModelResult
 from luthier.evaluation.generation import Answer
+from luthier.evaluation.judged import Judging
+from luthier.evaluation.statistics import Change, Interval
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text
 
+# The judge's line of the tables.
+_JUDGE = "judge"
 # Characters of a text that the side-by-side view shows.
 _SHOWN = 700
 
@@ -32,6 +37,8 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     parts += [_against(comparison, base, other) for other in others]
     parts.append(Text(_legend(comparison), style="dim"))
     parts += [Text(f"{name}: {text}", style="dim") for name, text in comparison.signatures.items()]
+    if comparison.judging is not None:
+        parts += _judging(comparison.judging)
     parts += [Text(f"! {note}", style="yellow") for note in comparison.notes]
     parts += [_sample(comparison, i) for i in comparison.samples]
     if comparison.samples:
@@ -47,7 +54,33 @@ def _scores(comparison: Comparison) -> Table:
         table.add_column(model.name, justify="right")
     for name, measure in comparison.models[0].measures.items():
         table.add_row(measure.label, *[_value(model, name, around=True) for model in comparison.models])
+    rates = [_win_rate(comparison, model) for model in comparison.models]
+    if any(rates):
+        table.add_row(_JUDGE, *["–" if rate is None else _share_around(rate) for rate in rates])
     return table
+
+
+def _win_rate(comparison: Comparison, model: ModelResult) -> Interval | None:
+    judged = None if comparison.judging is None else comparison.judging.models.get(model.name)
+    return None if judged is None else judged.win_rate
+
+
+def _share_around(share: Interval) -> str:
+    return f"{share.value:.1%} \\[{share.low:.1%}, {share.high:.1%}]"
+
+
+def _judging(judging: Judging) -> list[RenderableType]:
+    """Who has judged, what came of it, and what exactly was asked."""
+    from rich.text import Text
+
+    lines = [
+        f"judge: {judging.model} at {judging.endpoint}; a row is won or lost where both orders of the answers say so, "
+        "else tied; the tables have the share of rows won, ties as half",
+        *[judged.describe(name) for name, judged in judging.models.items()],
+        "it was asked:",
+    ]
+    prompt = "\n".join(f"  │ {line}" for line in judging.prompt.rstrip().splitlines())
+    return [Text("\n".join(lines), style="dim"), Text(prompt, style="dim")]
 
 
 def _plain_table(title: str) -> Table:
@@ -72,22 +105,31 @@ def _against(comparison: Comparison, base: ModelResult, other: ModelResult) -> T
         table.add_column(heading, justify="right", no_wrap=True)
     for name, measure in other.measures.items():
         found = other.changes.get(name)
-        if found is None:
-            table.add_row(measure.label, _value(base, name), _value(other, name), "", "", "", "")
-            continue
-        good = (found.value > 0) == (measure.better == "higher")
-        style = "" if measure.better is None or not found.significant else "green" if good else "red"
-        shown = measure.shown(found.value, signed=True)
+        values = (measure.label, _value(base, name), _value(other, name))
+        table.add_row(*values, *(("",) * 4 if found is None else _change(found, measure.shown, measure.better)))
+    judged = None if comparison.judging is None else comparison.judging.models.get(other.name)
+    if judged is not None and (rate := judged.win_rate) is not None and judged.change is not None:
         table.add_row(
-            measure.label,
-            _value(base, name),
-            _value(other, name),
-            f"[{style}]{shown}[/]" if style else shown,
-            f"{measure.shown(found.low, signed=True)} … {measure.shown(found.high, signed=True)}",
-            "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
-            "" if measure.better is None else f"{found.wins}/{found.losses}",
+            _JUDGE, f"{1 - rate.value:.1%}", f"{rate.value:.1%}", *_change(judged.change, _points, better="higher")
         )
     return table
+
+
+def _change(found: Change, show: Callable[..., str], better: str | None) -> tuple[str, str, str, str]:
+    """The change, its interval, its significance, and rows won and lost."""
+    good = (found.value > 0) == (better == "higher")
+    style = "" if better is None or not found.significant else "green" if good else "red"
+    shown = show(found.value, signed=True)
+    return (
+        f"[{style}]{shown}[/]" if style else shown,
+        f"{show(found.low, signed=True)} … {show(found.high, signed=True)}",
+        "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
+        "" if better is None else f"{found.wins}/{found.losses}",
+    )
+
+
+def _points(share: float, *, signed: bool = True) -> str:
+    return f"{share:{'+' if signed else ''}.1%}"
 
 
 def _legend(comparison: Comparison) -> str:

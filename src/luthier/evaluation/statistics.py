@@ -107,7 +107,7 @@ def interval(value: Value, statistics: np.ndarray, resampling: Resampling, *, bi
     count = len(statistics)
     whole = float(value(statistics.sum(0), count))
     if binary:
-        return Interval(whole, *_wilson(whole, count))
+        return wilson(whole, count)
     low, high = _percentiles(value(resampling.sums(statistics), count))
     return Interval(whole, low, high)
 
@@ -171,13 +171,14 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wilson(share: float, count: int) -> tuple[float, float]:
+def wilson(share: float, count: int) -> Interval:
+    """A share of so many rows with Wilson's interval."""
     z = _QUANTILE
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     whole = 1 + z * z / count
     # Rounding would leave 1e-17 of what is 0.
-    return max(0.0, round((middle - half) / whole, 12)), min(1.0, round((middle + half) / whole, 12))
+    return Interval(share, max(0.0, round((middle - half) / whole, 12)), min(1.0, round((middle + half) / whole, 12)))
 
 
 def _agresti_min(gained: int, lost: int, count: int) -> tuple[float, float]:
@@ -186,6 +187,36 @@ def _agresti_min(gained: int, lost: int, count: int) -> tuple[float, float]:
     middle = (b - c) / n
     half = _QUANTILE * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def preference(wins: int, ties: int, losses: int) -> Change:
+    """How much oftener one of two is preferred: the share of rows that it wins less that of rows that it loses.
+
+    The interval is that of Agresti and Min; ``p`` is the exact sign test's, of the rows that are not tied. A win rate
+    that counts ties as half is ``(1 + value) / 2``, and so are its bounds: Wilson's interval, which takes a tie for as
+    uncertain as a won or lost row, would be twice as wide where half of the rows are tied.
+
+    Args:
+        wins: rows that it wins.
+        ties: rows that neither wins.
+        losses: rows that it loses; together at least one row.
+    """
+    count = wins + ties + losses
+    return Change(
+        (wins - losses) / count,
+        *_agresti_min(wins, losses, count),
+        sign_test(wins, losses),
+        wins=wins,
+        ties=ties,
+        losses=losses,
+    )
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """How often so many tosses of a fair coin fall at least as unevenly: exact, two-sided."""
+    tosses = wins + losses
+    tail = sum(math.comb(tosses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**tosses)
 
 
 def smallest_difference(share: float, rows: int) -> float:

@@ -13,6 +13,7 @@ from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison, compare
 from luthier.evaluation.contestants import Models
+from luthier.evaluation.judge import judge_of
 from luthier.evaluation.metrics import require_metrics
 from luthier.evaluation.sample import AnswerSample
 from luthier.recipe import Recipe
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
 
 def check_sampling(recipe: Recipe) -> None:
-    """Refuse metrics that do not exist, and a choice by answers that nobody gives.
+    """Refuse metrics that do not exist, a judge that cannot be asked, and a choice by answers that nobody gives.
 
     Raises:
         UserError: there is one.
     """
     require_metrics(recipe.evaluation.metrics)
+    judge_of(recipe.evaluation.judge, resume=False)
     best = recipe.training.metric_for_best_model
     if best == "loss":
         return
@@ -87,6 +89,7 @@ def judge_answers(
         encoded: the same ones as in training, for the perplexity.
     """
     settings = recipe.evaluation
+    judge = judge_of(settings.judge, resume=settings.resume)
     with console.status(f"answering {len(rows)} {part} rows") as status:
         comparison = compare(
             models,
@@ -102,6 +105,7 @@ def judge_answers(
             seed=recipe.seed,
             encoded=encoded,
             pairs=dataset.pairs,
+            judge=judge,
             progress=lambda name, done, total: status.update(f"{name}: {done} of {total} {part} rows"),
         )
     write_json(target, comparison.to_json())

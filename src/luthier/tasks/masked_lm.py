@@ -50,6 +50,7 @@ class MaskedLM(Task):
                 "no text is written; leave it out",
             ),
             ("evaluation.metrics", bool(recipe.evaluation.metrics), "it has scores of its own; leave them out"),
+            ("evaluation.judge", recipe.evaluation.judge.endpoint is not None, "no answer is written; leave it out"),
             ("model.chat_template", recipe.model.chat_template is not None, "no template is rendered; leave it empty"),
             (
                 "training.sharding",
