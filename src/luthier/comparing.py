@@ -18,7 +18,7 @@ from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
 from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.endpoint import Endpoint
-from luthier.errors import UserError
+from luthier.errors import UserError, counted
 from luthier.evaluation.comparison import Comparison, compare
 from luthier.evaluation.contestants import EndpointModel, LocalModel
 from luthier.evaluation.judge import MAX_TOKENS, Judge
@@ -229,7 +229,8 @@ def _loaded(place: str, examples: Sequence[TrainingExample], system: str | None,
     encoded = encoder.encode(examples)
     model = LocalModel(saved.model.to(device), saved.tokenizer, encoded=encoded.examples, renders=True, resume=resume)
     if encoded.rejects:
-        model.notes.append(f"{len(encoded.rejects):,} right answers have no perplexity: {encoded.rejects[0].message}")
+        lost = counted(len(encoded.rejects), "right answer")
+        model.notes.append(f"no perplexity of {lost}: {encoded.rejects[0].message}")
     yield model
 
 

@@ -47,3 +47,8 @@ def shorten(value: object, limit: int = 80) -> str:
         return f"{value[: limit - 1]!r}… ({len(value):,} characters)"
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: ``1 row``, ``1,200 rows``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -100,7 +100,7 @@ def test_what_an_endpoint_does_not_answer_is_told_and_counts_as_wrong(terse_mode
     with chat_server(reply) as server:
         found = compare_models([str(terse_model_dir), f"{server.url}#m"], str(rows_file), max_new_tokens=4)
     assert found.models[1].name == "m" and found.models[1].answers[4].text == ""
-    assert any(note.startswith("m: 1 of 6 questions were not answered") for note in found.notes)
+    assert any(note.startswith("m: 1 of 6 questions was not answered") for note in found.notes)
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]

@@ -132,6 +132,8 @@ def test_a_peft_model_that_changes_nothing_is_noted(tokenizer, tiny_model_dir):
     rows = [TrainingExample("颜色[bold]是什么？", output="红色")]
     comparison = compare(opened, tokenizer, rows, max_new_tokens=4)
     assert any("exactly as base" in n for n in comparison.notes)
+    assert any("1 of 1 answer was cut" in n for n in comparison.notes)
+    assert "tuned beside base, 1 row " in _printed(render_comparison(comparison))
     assert any("every score is zero" in n for n in comparison.notes)
     assert "tok:zh" in comparison.signatures["bleu"]
     assert "颜色[bold]是什么？" in _printed(render_comparison(comparison))  # not read as rich's markup

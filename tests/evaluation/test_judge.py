@@ -170,7 +170,7 @@ def test_what_cannot_be_read_or_is_not_answered_is_counted_and_told():
     stored = found.to_json()
     assert (stored["rows"], stored["ties"], stored["unread"], stored["failed"]) == (2, 0, 1, 2)
     notes = found.notes("tuned")
-    assert "of tuned, 1 row is left out" in notes[0] and "I like both" in notes[0]
+    assert "of tuned, 1 row left out" in notes[0] and "I like both" in notes[0]
     assert any("4096 tokens exceeded" in note for note in notes)
     assert any("cut at max_tokens (raise max_tokens)" in note for note in notes)
     kept = found.verdicts[0].to_json()
@@ -303,7 +303,7 @@ def test_a_comparison_is_judged(terse_model_dir, rows_file):
     console.print(found.render())
     page = console.file.getvalue()
     assert re.search(r"judge +0\.0% +100\.0% +\+100\.0%", page) and re.search(r"judge +– +100\.0% \[", page)
-    assert "6/0" in page and "it was asked:" in page and "│ You are an impartial judge." in page
+    assert "6/0" in page and "it was asked:" in page and "    You are an impartial judge." in page
     assert "talker: 6 won, 0 tied, 0 lost" in page
 
 
@@ -340,7 +340,7 @@ def test_the_command_judges_and_a_judge_that_is_down_costs_no_answers(
         words += ["--judge", f"{server.url}#judge", "--judge-prompt", prompt, "-o", target]
         code, printed, told = command(monkeypatch, capsys, *words, "--judge-examples", 3)
         assert code == 0, told
-        assert "b: 3 won" in printed and "│ End with [[A]], [[B]] or [[C]]." in printed
+        assert "b: 3 won" in printed and "    End with [[A]], [[B]] or [[C]]." in printed
         stored = json.loads(target.read_text())
         assert stored["judge"]["prompt"] == prompt.read_text() and stored["judge"]["models"]["b"]["wins"] == 3
         up[0] = False

@@ -12,7 +12,7 @@ from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
 from luthier.data.pairs import PairEncoder
 from luthier.decoding import BATCH_SIZE, Decoding
-from luthier.errors import UserError
+from luthier.errors import UserError, counted
 from luthier.evaluation import measures, metrics
 from luthier.evaluation.contestants import Contestant, LocalModel, Models
 from luthier.evaluation.generation import Answer
@@ -306,9 +306,10 @@ def _suspicions(results: list[ModelResult], references: list[list[str]], limit: 
         elif 2 * empty > count:
             notes.append(f"{result.name}: {empty} of {count} answers are empty")
         if 2 * cut > count and empty < count:
+            were = "was" if cut == 1 else "were"
             notes.append(
-                f"{result.name}: {cut} of {count} answers were cut at {limit} tokens, so their scores are those of "
-                "fragments; raise max_new_tokens, or see whether the model has learnt to stop"
+                f"{result.name}: {cut} of {counted(count, 'answer')} {were} cut at {limit} tokens, so their scores "
+                "are those of fragments; raise max_new_tokens, or see whether the model has learnt to stop"
             )
         values = result.metrics
         if not math.isfinite(values.get("perplexity", 0.0)):

@@ -9,6 +9,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.errors import counted
 from luthier.evaluation.comparison import Comparison, ModelResult
 from luthier.evaluation.generation import Answer
 from luthier.evaluation.judged import Judging
@@ -48,7 +49,7 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 
 def _scores(comparison: Comparison) -> Table:
     """Every model's values with their intervals."""
-    table = _plain_table(f"{len(comparison.questions):,} rows")
+    table = _plain_table(counted(len(comparison.questions), "row"))
     table.add_column("")
     for model in comparison.models:
         table.add_column(model.name, justify="right")
@@ -71,6 +72,7 @@ def _share_around(share: Interval) -> str:
 
 def _judging(judging: Judging) -> list[RenderableType]:
     """Who has judged, what came of it, and what exactly was asked."""
+    from rich.padding import Padding
     from rich.text import Text
 
     lines = [
@@ -79,8 +81,8 @@ def _judging(judging: Judging) -> list[RenderableType]:
         *[judged.describe(name) for name, judged in judging.models.items()],
         "it was asked:",
     ]
-    prompt = "\n".join(f"  │ {line}" for line in judging.prompt.rstrip().splitlines())
-    return [Text("\n".join(lines), style="dim"), Text(prompt, style="dim")]
+    prompt = Padding(Text(judging.prompt.rstrip(), style="dim"), (0, 0, 0, 4))
+    return [Text("\n".join(lines), style="dim"), prompt]
 
 
 def _plain_table(title: str) -> Table:
@@ -99,7 +101,7 @@ def _value(model: ModelResult, name: str, *, around: bool = False) -> str:
 
 def _against(comparison: Comparison, base: ModelResult, other: ModelResult) -> Table:
     """One model beside the first: values, the change with its interval, and rows won and lost."""
-    table = _plain_table(f"{other.name} beside {base.name}, {len(comparison.questions):,} rows")
+    table = _plain_table(f"{other.name} beside {base.name}, {counted(len(comparison.questions), 'row')}")
     table.add_column("")
     for heading in (base.name, other.name, "change", "95% interval", "p", "won/lost"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -142,7 +144,8 @@ def _legend(comparison: Comparison) -> str:
     label = base.measures[comparison.judged_by].label
     for model in comparison.models[1:]:
         better, worse = len(comparison.improved(model)), len(comparison.worsened(model))
-        lines.append(f"{model.name}: {better:,} rows improved and {worse:,} got worse beside {base.name}, by {label}")
+        rows = counted(better, "row")
+        lines.append(f"{model.name}: {rows} improved and {worse:,} got worse beside {base.name}, by {label}")
     return "\n".join(lines)
 
 

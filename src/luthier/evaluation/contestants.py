@@ -14,7 +14,7 @@ from luthier.data.pairs import PairEncoder
 from luthier.data.render import RenderError, prompt_text
 from luthier.decoding import Decoding
 from luthier.endpoint import Endpoint
-from luthier.errors import UserError
+from luthier.errors import UserError, counted
 from luthier.evaluation.generation import Answer, Progress
 from luthier.evaluation.kept import kept_answers
 from luthier.evaluation.perplexity import losses_of_examples, predicted_bytes
@@ -165,8 +165,9 @@ class EndpointModel:
         self.kept = self.endpoint.usage.cached - before
         failed = Counter(answer.what for answer in said if isinstance(answer, UserError))
         for reason, count in failed.most_common(3):
+            were = "was" if count == 1 else "were"
             self.notes.append(
-                f"{count:,} of {len(said):,} questions were not answered, which scores as empty: {reason}"
+                f"{count:,} of {counted(len(said), 'question')} {were} not answered, which scores as empty: {reason}"
             )
         return [Answer("" if isinstance(a, UserError) else a, [], not isinstance(a, UserError), 0) for a in said]
 

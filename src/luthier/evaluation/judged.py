@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from luthier.errors import UserError, shorten
+from luthier.errors import UserError, counted, shorten
 from luthier.evaluation.judge_prompt import Choice
 from luthier.evaluation.statistics import Change, Interval, preference, wilson
 
@@ -143,8 +143,8 @@ class Judged:
         if self.of_decided is not None:
             text += f", without ties {_shown(self.of_decided)}"
         if order is not None:
-            text += f"; the order decided {_shown(order)}"
-        return text + (f", first answer chosen {first.value:.0%}" if first is not None else "")
+            text += f"; the order of the answers decided {_shown(order)} of the rows"
+        return text + (f", the first was chosen {first.value:.0%} of the time" if first is not None else "")
 
     def notes(self, name: str) -> list[str]:
         """What a reader must know before believing it."""
@@ -154,12 +154,12 @@ class Judged:
             choices, replies = unread[0].choices or (), unread[0].replies or ()
             reply = next((r for c, r in zip(choices, replies, strict=True) if c is None), None) or ""
             found.append(
-                f"judge: of {name}, {_rows(len(unread))} left out, for a reply does not end with a verdict: "
+                f"judge: of {name}, {counted(len(unread), 'row')} left out, for a reply does not end with a verdict: "
                 f"…{shorten(reply.strip()[-80:])}"
             )
         reasons = Counter(v.problem for v in self.verdicts if v.outcome == "failed")
         for reason, count in reasons.most_common(3):
-            found.append(f"judge: of {name}, {_rows(count)} left out, for there was no reply: {reason}")
+            found.append(f"judge: of {name}, {counted(count, 'row')} left out, for there was no reply: {reason}")
         if (order := self.order_decided) is not None and order.value > 0.5:
             found.append(
                 f"judge: of {name}, {order.value:.0%} of the verdicts changed with the order of the answers; these are "
@@ -202,10 +202,6 @@ class Judging:
             "models": {name: judged.to_json() for name, judged in self.models.items()},
             "error": None if self.error is None else str(self.error),
         }
-
-
-def _rows(count: int) -> str:
-    return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
 def _shown(share: Interval) -> str:
