@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 
 import pytest
 from rich.console import Console
 
+from luthier.cli import main
 from luthier.finished import evaluate_run
 from luthier.pipeline import run
 from luthier.recipe import Recipe
@@ -58,6 +60,18 @@ def test_a_finished_run_can_be_asked_later(finished):
     assert [check | {"examples": []} for check in after["checks"]] == [
         check | {"examples": []} for check in before["checks"]
     ]
+
+
+def test_fresh_asks_everything_anew(finished, monkeypatch, capsys):
+    folder, _ = finished
+    for words, anew in (([], False), (["--fresh"], True), ([], False)):
+        monkeypatch.setattr(sys, "argv", ["luthier", "evaluate", str(folder), "evaluation.harm=false", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code, capsys.readouterr().err
+        stored = json.loads((folder / "evaluation" / "comparison.json").read_text())
+        for model in stored["models"].values():
+            assert model["kept_answers"] == (0 if anew else len(stored["rows"])) and model["metrics"]
 
 
 def test_a_template_that_is_not_the_trained_one_is_noted(finished):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
+from luthier.data.examples import TrainingExample
 from luthier.decoding import Decoding
 from luthier.errors import UserError
 from luthier.evaluation import kept as room
 from luthier.evaluation.generation import generate_answers
+from luthier.evaluation.harm import measure_harm
 from luthier.evaluation.kept import kept_answers
 from luthier.methods.bottleneck import BottleneckConfig, BottleneckModel
-from luthier.models.fingerprint import identity
+from luthier.models import fingerprint
+from luthier.models.fingerprint import KnownIdentity, identity
 from luthier.models.loading import load_model, load_tokenizer
 
 TEXTS = ["hello", "what is the capital of France", "a b c d", "one two three", "x y z w", "who are you", "q"]
@@ -146,3 +150,60 @@ def test_an_identity_tells_adapters_on_from_off(tiny):
     with bottled.disable_adapter():
         assert identity(bottled) == base
     assert identity(bottled) != base
+
+
+def test_a_known_identity_reads_weights_again_only_where_they_changed(tiny, monkeypatch):
+    read = []
+
+    def recorded(settings, tensors):
+        read.append(len(tensors))
+        return digest(settings, tensors)
+
+    digest = fingerprint._digest
+    model = get_peft_model(tiny[0], LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    truth = identity(model)
+    monkeypatch.setattr(fingerprint, "_digest", recorded)
+    known = KnownIdentity(model)
+    assert [known(), known()] == [truth, truth] and len(read) == 1
+    with model.disable_adapter():
+        base = known()
+        assert base == known() != truth and len(read) == 2
+    assert known() == truth and len(read) == 2
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    for change in (
+        lambda: layer.base_layer.weight.add_(1e-3),
+        lambda: layer.lora_B["default"].weight.mul_(2),
+        lambda: setattr(layer.base_layer, "weight", torch.nn.Parameter(layer.weight * 2)),
+        lambda: layer.scaling.update(default=9.0),
+        lambda: model.to(torch.bfloat16),
+        lambda: model.to(torch.float32),
+    ):
+        before, times = known(), len(read)
+        with torch.no_grad():
+            change()
+        assert known() == identity(model) and known() != before and len(read) == times + 2
+    # An optimiser's step is a change like any other.
+    before = known()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
+    optimiser.step()
+    assert known() == identity(model) != before
+
+
+def test_a_model_that_is_asked_several_things_is_read_once(tiny, monkeypatch):
+    read = []
+    digest = fingerprint._digest
+    monkeypatch.setattr(fingerprint, "_digest", lambda *parts: read.append(1) or digest(*parts))
+    rows = [TrainingExample("hello", output="a b c d e f g h i"), TrainingExample("who are you", output="nobody")]
+    models = [(name, lambda: contextlib.nullcontext(tiny[0])) for name in ("base", "tuned")]
+    harm = measure_harm(models, tiny[1], training=rows, held_out=rows, general=rows, max_new_tokens=2)
+    assert len(harm.checks) > 4 and len(read) == 2
+
+
+def test_harm_can_be_asked_anew(tiny, asked):
+    rows = [TrainingExample("hello", output="nobody"), TrainingExample("who are you", output="nobody")]
+    models = [(name, lambda: contextlib.nullcontext(tiny[0])) for name in ("base", "tuned")]
+    for resume, wanted in ((True, 2), (True, 0), (False, 4)):
+        asked.clear()
+        measure_harm(models, tiny[1], general=rows, max_new_tokens=2, resume=resume)
+        assert sum(map(len, asked)) == wanted

@@ -19,6 +19,7 @@ from luthier.evaluation.generation import Answer, Progress
 from luthier.evaluation.kept import kept_answers
 from luthier.evaluation.perplexity import losses_of_examples, predicted_bytes
 from luthier.evaluation.question import Question
+from luthier.models.fingerprint import KnownIdentity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +57,7 @@ give a :class:`Contestant` as well."""
 
 
 class LocalModel:
-    """A loaded model.
+    """A loaded model, for as long as it is asked and not trained.
 
     Args:
         model: a decoder or an encoder-decoder.
@@ -79,6 +80,7 @@ class LocalModel:
     ) -> None:
         self.model, self.tokenizer, self.pairs, self.renders = model, tokenizer, pairs, renders
         self.encoded, self.resume = encoded, resume
+        self._identity = KnownIdentity(model)
         self.notes: list[str] = []
         self.kept = 0
 
@@ -106,6 +108,7 @@ class LocalModel:
             decoding=decoding,
             resume=self.resume,
             progress=progress,
+            model_identity=self._identity(),
         )
         self.kept = said.found
         return said.answers

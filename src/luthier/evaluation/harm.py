@@ -73,6 +73,7 @@ def forgetting(
     max_new_tokens: int = GENERAL_TOKENS,
     batch_size: int = BATCH_SIZE,
     seed: int = 42,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> list[Check]:
     """Whether a tuned model answers what its base can.
@@ -87,6 +88,7 @@ def forgetting(
         max_new_tokens: longest answer.
         batch_size: prompts answered at once.
         seed: of the resamples.
+        resume: whether answers that an interrupted evaluation has kept are taken up.
         progress: told ``(what, done, total)``.
 
     Returns:
@@ -102,7 +104,7 @@ def forgetting(
         raise UserError(
             f"{name}: no row can be asked", where=notes[0] if notes else None, remedy="give rows with answers"
         )
-    _answer(models, tokenizer, [asked], batch_size, progress)
+    _answer(models, tokenizer, [asked], batch_size, progress, resume)
     return forgotten(asked, seed)
 
 
@@ -120,6 +122,7 @@ def measure_harm(
     max_new_tokens: int = 256,
     batch_size: int = BATCH_SIZE,
     seed: int = 42,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> HarmReport:
     """Ask base and tuned what neither was tuned for, what the tuned one was, and what it was not.
@@ -138,6 +141,7 @@ def measure_harm(
         max_new_tokens: longest answer, of the general set's :data:`GENERAL_TOKENS`.
         batch_size: prompts answered at once.
         seed: of the samples and the resamples.
+        resume: see :func:`forgetting`.
         progress: told ``(what, done, total)``.
 
     Raises:
@@ -168,7 +172,8 @@ def measure_harm(
     renderer = Renderer(tokenizer, system=system, train_on="last_answer", allow_special_tokens=True)
     begun = {name: _begun(renderer, part, name) for name, part in (("training", trained), ("held-out", unseen))}
     parts = [*asked.values(), trained_asked, unseen_asked, *begun.values()]
-    _answer(models, tokenizer, [part for part in parts if part.questions and not part.answers], batch_size, progress)
+    wanted = [part for part in parts if part.questions and not part.answers]
+    _answer(models, tokenizer, wanted, batch_size, progress, resume)
 
     checks = [check for name, _, _ in sets if asked[name].questions for check in forgotten(asked[name], seed)]
     if trained:
@@ -255,12 +260,14 @@ def _answer(
     parts: Sequence[Asked],
     batch_size: int,
     progress: Progress | None,
+    resume: bool,
 ) -> None:
     """Ask each model everything while it is there."""
     for name, given in models:
         with given() as model:
+            contestant = LocalModel(model, tokenizer, resume=resume)
             for part in parts:
-                contestant = LocalModel(model, tokenizer, encoded=part.encoded or None)
+                contestant.encoded = part.encoded or None
                 told = None if progress is None else _named(progress, f"{name}, {part.name}")
                 part.answers.append(
                     contestant.answer(

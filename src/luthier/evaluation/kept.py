@@ -43,6 +43,7 @@ def kept_answers(
     decoding: Decoding | None = None,
     resume: bool = True,
     progress: Progress | None = None,
+    model_identity: str | None = None,
 ) -> KeptAnswers:
     """:func:`generate_answers`, each batch written to a journal in Luthier's cache, and none asked for that is there.
 
@@ -57,6 +58,7 @@ def kept_answers(
         prompts: see there.
         resume: False: everything is asked anew, and kept.
         progress: told how many prompts are answered, those that were there among them.
+        model_identity: the model's :func:`identity`, where it is known; None: its weights are read.
 
     Raises:
         UserError: as there; or the journal cannot be written.
@@ -66,7 +68,7 @@ def kept_answers(
     cut = {"truncation": max_source_length is not None, "max_length": max_source_length} if pairs else {}
     encoded = tokenizer(list(prompts), add_special_tokens=pairs, verbose=False, **cut)["input_ids"] if prompts else []
     keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:32] for ids in encoded]
-    about = _about(model, tokenizer) | {
+    about = _about(model, tokenizer, model_identity) | {
         "decoding": decoding.describe(),
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": stop_tokens(model, tokenizer),
@@ -92,7 +94,7 @@ def kept_answers(
     return KeptAnswers([asked[i] if i in asked else kept[key] for i, key in enumerate(keys)], found)
 
 
-def _about(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _about(model: Any, tokenizer: PreTrainedTokenizerBase, known: str | None) -> dict[str, Any]:
     """What answers come from: the model, the tokenizer, and the code."""
     import transformers
 
@@ -100,7 +102,7 @@ def _about(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
     words = json.dumps([tokenizer.get_vocab(), sorted(tokenizer.all_special_tokens)], sort_keys=True)
     return {
-        "model": identity(model),
+        "model": identity(model) if known is None else known,
         "device": next(model.parameters()).device.type,
         "tokenizer": hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest(),
         "versions": {"luthier": __version__, "transformers": transformers.__version__, "torch": torch.__version__},

@@ -52,8 +52,46 @@ def identity(model: Any) -> str:
     Two models of one identity answer alike; a base under adapters that are off has that of the base alone. It reads all
     weights, which takes a second or two for each GB.
     """
+    settings, tensors = _parts(model)
+    return _digest(settings, tensors)
+
+
+class KnownIdentity:
+    """The :func:`identity` of one model that is open, its weights read again only where they have changed.
+
+    A change is seen by the count that PyTorch keeps of a tensor's changes, by its place in memory, by the config and by
+    the adapters that are on. What is written past that count, through ``tensor.data`` or by a kernel of one's own, is
+    not seen: make a new one after every training.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        # With the tensors, so that no other takes the place in memory of one that is gone.
+        self._known: dict[tuple[Any, ...], tuple[str, list[torch.Tensor]]] = {}
+
+    def __call__(self) -> str:
+        """The identity as it is now."""
+        settings, tensors = _parts(self._model)
+        if any(tensor.is_inference() for _, tensor in tensors):  # their changes are not counted
+            return _digest(settings, tensors)
+        state = (settings, *((name, t.data_ptr(), t._version, t.dtype, t.shape) for name, t in tensors))
+        if state not in self._known:
+            self._known[state] = _digest(settings, tensors), [tensor.detach() for _, tensor in tensors]
+        return self._known[state][0]
+
+
+def _digest(settings: bytes, tensors: list[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256(settings)
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _parts(model: Any) -> tuple[bytes, list[tuple[str, torch.Tensor]]]:
+    """What tells a model: config and adapters that are on, and the tensors in use by their plain names."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    digest = hashlib.sha256(_settings(base.config.to_dict()))
+    settings = [_settings(base.config.to_dict())]
     virtual = VirtualTokens(model).count
     on, off = bool(virtual), list[str]()
     for name, module in base.named_modules():
@@ -62,11 +100,12 @@ def identity(model: Any) -> str:
             off.append(f"{name}.")
         elif isinstance(active := getattr(module, "active_adapters", None), list):
             on = True
-            digest.update(json.dumps([name, active, getattr(module, "scaling", None)], default=str).encode())
+            settings.append(json.dumps([name, active, getattr(module, "scaling", None)], default=str).encode())
     if not off and hasattr(model, "bottleneck_config"):
-        digest.update(repr(model.bottleneck_config).encode())
+        settings.append(repr(model.bottleneck_config).encode())
     for name in model.active_adapters if on and hasattr(model, "peft_config") else ():
-        digest.update(_settings(model.peft_config[name].to_dict()))
+        settings.append(_settings(model.peft_config[name].to_dict()))
+    tensors = []
     for holder in (base, model.prompt_encoder) if virtual else (base,):
         for name, tensor in itertools.chain(holder.named_parameters(), holder.named_buffers()):
             around = next((prefix for prefix in off if name.startswith(prefix)), None)
@@ -74,9 +113,8 @@ def identity(model: Any) -> str:
             if around is not None and not own.startswith(("base_layer.", "original_module.")):
                 continue
             plain = name.replace(".base_layer", "").replace(".original_module", "")
-            digest.update(f"{plain}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+            tensors.append((plain, tensor))
+    return b"".join(settings), tensors
 
 
 def _settings(config: dict[str, Any]) -> bytes:

@@ -119,6 +119,7 @@ class Causal(Task):
                 system=dataset.system,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
+                resume=settings.resume,
                 progress=lambda what, done, total: status.update(f"{what}: {done} of {total}"),
             )
         write_json(target, report.to_json())
