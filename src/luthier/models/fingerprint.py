@@ -84,7 +84,7 @@ def _digest(settings: bytes, tensors: list[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256(settings)
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
