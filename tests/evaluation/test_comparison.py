@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -21,6 +23,7 @@ from luthier.evaluation.evaluator import FineTuneEvaluator
 from luthier.evaluation.generation import generate_answers
 from luthier.evaluation.perplexity import perplexity_of_examples
 from luthier.evaluation.question import ask
+from luthier.models.loading import load_model
 
 QUESTIONS = ["What is 2 + 2? Answer with one number.", "Say hello.", "Is the sky blue? Answer yes or no."]
 
@@ -114,6 +117,21 @@ def test_compare_shows_where_the_tuned_model_is_right_and_where_it_is_wrong(base
     page = _printed(render_comparison(comparison))
     for text in ("exact match", "+0.667", "t.jsonl:2", "something else", "cut at the limit", "was left out"):
         assert text in page
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(tokenizer, tiny_model_dir):
+    loaded = []
+
+    @contextmanager
+    def opened():
+        gc.collect()
+        assert not any(model() for model in loaded)
+        model = load_model(tiny_model_dir)
+        loaded.append(weakref.ref(model))
+        yield model
+
+    compare([("base", opened), ("tuned", opened)], tokenizer, [TrainingExample("hi", output="hello")], max_new_tokens=1)
+    assert len(loaded) == 2
 
 
 def test_a_peft_model_that_changes_nothing_is_noted(tokenizer, tiny_model_dir):

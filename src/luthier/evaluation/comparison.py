@@ -223,12 +223,15 @@ def compare(
             notes += [f"{name}: {note}" for note in contestant.notes]
             own = getattr(contestant, "tokenizer", None) if pairs is None else None
             notes += suspicions(name, questions, answers, own)
+            kept = contestant.kept
+        # Else it would stay in memory until the next one is there.
+        del given, contestant
         texts = [a.text for a in answers]
         found = [measures.of_metric(metric, texts, references) for metric in wanted]
         found += [] if losses is None else measures.of_losses(losses)
         found += measures.of_answers(answers)
         result = _result(name, {m.name: m for m in found}, answers, seconds, results[:1], seed)
-        result.kept = contestant.kept
+        result.kept = kept
         results.append(result)
     signatures = {m.name: text for m in wanted if (text := m.signature(references)) is not None}
     judged_by = next((n for n in _RIGHT if any(m.metrics.get(n) for m in results)), "rougeL")
