@@ -242,7 +242,12 @@ def finished(tiny_model_dir, tiny_encoder_dir, tmp_path_factory):
 def test_every_method_learns_the_classes(finished):
     for name, result in finished.items():
         majority, tuned = result.comparison.models
-        assert majority.metrics["accuracy"] == 0.5
+        assert majority.metrics["accuracy"] == 0.5 and majority.calibration is None
+        stored = json.loads((result.run_dir / "evaluation/comparison.json").read_text())["models"]
+        assert sum(b["count"] for b in stored["tuned"]["calibration"]["reliability"]) == 20
+        assert tuned.metrics["nll"] == pytest.approx(tuned.metrics["loss"], rel=1e-4)
+        assert "calibration" not in stored["majority"] and 0 <= tuned.metrics["ece"] <= 1
+        assert "calibration error" in (result.run_dir / "report.html").read_text()
         # These bodies are random: where most of one stays as it is, there is little to learn with.
         least = {"full-encoder": 0.8, "lora-decoder": 0.75}.get(name, 0.5)
         assert tuned.metrics["accuracy"] >= least, (name, tuned.metrics)
@@ -346,6 +351,8 @@ def test_texts_of_several_classes_are_learnt(tiny_encoder_dir, tmp_path):
     assert result.comparison.classes == ClassNames(("bread", "good", "river"), multi_label=True)
     majority, tuned = result.comparison.models
     assert tuned.metrics["macro_f1"] > max(0.75, majority.metrics["macro_f1"] + 0.2)
+    assert set(tuned.calibration.by_label) == {"bread", "good", "river"}
+    assert tuned.metrics["nll"] == pytest.approx(tuned.metrics["loss"], rel=1e-4)
     asked = [row.input for row in rows(20, 4)]
     found, scores = (getattr(Classifier(tmp_path / "run"), ask)(asked) for ask in ("classify", "probabilities"))
     assert [len(names) for names in found] == (scores > 0.5).sum(1).tolist() and len({len(n) for n in found}) > 1

@@ -14,6 +14,7 @@ import torch
 
 from luthier.data.classes import ClassNames
 from luthier.data.encode import EncodedExample
+from luthier.evaluation.calibration import Calibration, calibration
 from luthier.evaluation.state import by_length, measuring
 from luthier.training.class_loss import ClassLoss
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MAJORITY = "majority"
+# The lines of the table. The negative log-likelihood is the loss.
+_SHOWN = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "loss": "loss",
+    "ece": "calibration error",
+    "brier": "Brier score",
+}
 
 
 @dataclass(slots=True)
@@ -29,7 +39,8 @@ class ClassResult:
 
     name: str
     metrics: dict[str, float]
-    """``accuracy``, ``macro_f1``, ``micro_f1`` (:func:`class_metrics`), and ``loss`` where the model gives scores"""
+    """``accuracy``, ``macro_f1``, ``micro_f1`` (:func:`class_metrics`); and where the model gives scores ``loss``, and
+    ``ece``, ``brier`` and ``nll`` (:class:`~luthier.evaluation.calibration.Calibration`)"""
     by_class: dict[str, dict[str, float]]
     """``precision``, ``recall``, ``f1`` and ``support`` of each class"""
     given: np.ndarray
@@ -37,6 +48,8 @@ class ClassResult:
     scores: np.ndarray | None
     """``[N, C]`` probabilities"""
     seconds: float
+    calibration: Calibration | None = None
+    """What the probabilities are worth"""
 
 
 @dataclass(slots=True)
@@ -62,7 +75,12 @@ class ClassComparison:
             rows.append({"where": self.places[i], "text": text, "right": names[self.right[i]].tolist(), "given": given})
         return {
             "models": {
-                m.name: {"metrics": m.metrics, "by_class": m.by_class, "seconds": round(m.seconds, 3)}
+                m.name: {
+                    "metrics": m.metrics,
+                    "by_class": m.by_class,
+                    **({} if m.calibration is None else {"calibration": m.calibration.to_json()}),
+                    "seconds": round(m.seconds, 3),
+                }
                 for m in self.models
             },
             "confusion": {m.name: self._confusion(m) for m in self.models if not self.classes.multi_label},
@@ -86,11 +104,11 @@ class ClassComparison:
         table.add_column("")
         for model in self.models:
             table.add_column(model.name, justify="right")
-        for key in ("accuracy", "macro_f1", "micro_f1", "loss"):
+        for key, label in _SHOWN.items():
             values = [m.metrics.get(key) for m in self.models]
             if any(v is not None for v in values):
-                shown = ["" if v is None else f"{v:.3f}" if key == "loss" else f"{v:.1%}" for v in values]
-                table.add_row(key.replace("_", " "), *shown)
+                number = key in ("loss", "brier")
+                table.add_row(label, *["" if v is None else f"{v:.3f}" if number else f"{v:.1%}" for v in values])
         parts.append(table)
         parts += [Text(f"! {note}", style="yellow") for note in self.notes]
         last = self.models[-1]
@@ -143,13 +161,17 @@ def compare_classifiers(
             seconds = time.perf_counter() - begin
         given = decide(scores, classes)
         metrics, by_class = class_metrics(right, given, classes.names)
-        results.append(ClassResult(name, metrics | {"loss": loss}, by_class, given, scores, seconds))
+        sure = calibration(scores, right, classes.names, multi_label=classes.multi_label)
+        metrics |= {"loss": loss, "ece": sure.ece, "brier": sure.brier, "nll": sure.nll}
+        results.append(ClassResult(name, metrics, by_class, given, scores, seconds, sure))
     notes = []
     for result in results[1:]:
         if len(classes) > 1 and len(rows) > 1 and (result.given == result.given[0]).all():
             notes.append(f"{result.name} gives every text the same class: it has learnt nothing from the texts")
         elif result.metrics["macro_f1"] <= results[0].metrics["macro_f1"]:
             notes.append(f"{result.name} is no better than always giving the most frequent class")
+        if result.calibration is not None and (note := result.calibration.note(result.name)) is not None:
+            notes.append(note)
     chosen: list[int] = []
     if len(results) > 1 and results[1].scores is not None:
         wrong = (results[1].given != right).any(1)
