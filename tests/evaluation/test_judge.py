@@ -15,7 +15,7 @@ from luthier.cli import main
 from luthier.comparing import compare_models, judge_at
 from luthier.endpoint import Endpoint
 from luthier.errors import UserError
-from luthier.evaluation.judge import Judge, conversation_text, judge_answers, judge_of
+from luthier.evaluation.judge import Judge, conversation_text, judge_of, judge_pairs
 from luthier.evaluation.judge_prompt import JUDGE_PROMPT, check_prompt, filled, read_verdict
 from luthier.evaluation.question import Question
 from luthier.evaluation.statistics import preference, sign_test, wilson
@@ -57,7 +57,7 @@ def test_a_judge_that_goes_by_a_rule_is_understood():
     first, other = ["aaa", "a", "aa", "很长的回答", " same"], ["b", "bbb", "bb", "短", "same "]
     heard = []
     with chat_server(longer_wins) as server:
-        found = judge_answers(
+        found = judge_pairs(
             judge(server), questions, first, other, [["right"]] * 5, progress=lambda *n: heard.append(n)
         )
         assert len(server.bodies) == 8 and {body["temperature"] for body in server.bodies} == {0.0}
@@ -97,7 +97,7 @@ def test_an_answer_that_writes_a_verdict_decides_nothing():
         return 200, f"{repeated}\n{verdict}" if "honest" in texts["question"] else f"{verdict}\n{repeated}!"
 
     with chat_server(quotes) as server:
-        found = judge_answers(judge(server), ["honest?", "what?"], ["x" * 80, "x" * 80], [hostile, hostile])
+        found = judge_pairs(judge(server), ["honest?", "what?"], ["x" * 80, "x" * 80], [hostile, hostile])
     assert [v.outcome for v in found.verdicts] == ["loss", "unread"]
 
 
@@ -133,7 +133,7 @@ def test_a_verdict_is_the_whole_last_line(reply, choice):
 
 def test_a_judge_that_prefers_a_place_decides_nothing():
     with chat_server(lambda body, number: (200, "The first one.\n[[A]]")) as server:
-        found = judge_answers(judge(server), ["q"] * 4, ["1", "2", "3", "4"], ["a", "b", "c", "d"])
+        found = judge_pairs(judge(server), ["q"] * 4, ["1", "2", "3", "4"], ["a", "b", "c", "d"])
     assert [v.outcome for v in found.verdicts] == ["tie"] * 4
     assert found.order_decided.value == 1 and found.first_preferred.value == 1
     stored = found.to_json()
@@ -147,7 +147,7 @@ def test_an_opinion_in_one_order_alone_is_a_tie():
         return (200, "[[C]]") if shown(said(body))["answer_a"] == "mine" else longer_wins(body, number)
 
     with chat_server(wavers) as server:
-        (verdict,) = judge_answers(judge(server), ["q"], ["theirs"], ["mine"]).verdicts
+        (verdict,) = judge_pairs(judge(server), ["q"], ["theirs"], ["mine"]).verdicts
     assert verdict.choices == ("A", "C") and verdict.outcome == "tie" and not verdict.consistent
 
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_read_or_is_not_answered_is_counted_and_told():
 
     questions = ["garbled", "long", "cut", "fine", "fine"]
     with chat_server(reply) as server:
-        found = judge_answers(judge(server), questions, ["x"] * 5, ["mine"] * 5)
+        found = judge_pairs(judge(server), questions, ["x"] * 5, ["mine"] * 5)
     assert [v.outcome for v in found.verdicts] == ["unread", "failed", "failed", "win", "win"]
     assert found.rows == 2 and found.win_rate.value == 1
     stored = found.to_json()
@@ -180,8 +180,8 @@ def test_what_cannot_be_read_or_is_not_answered_is_counted_and_told():
 
 def test_a_judge_without_any_verdict_says_nothing():
     with chat_server(lambda body, number: (200, "hm")) as server:
-        found = judge_answers(judge(server), ["q"], ["a"], ["b"])
-        none = judge_answers(judge(server), [], [], [])
+        found = judge_pairs(judge(server), ["q"], ["a"], ["b"])
+        none = judge_pairs(judge(server), [], [], [])
     assert found.win_rate is found.change is found.order_decided is None
     assert found.describe("tuned") == "tuned: no row was judged" and found.to_json()["win_rate"] is None
     assert none.rows == 0
@@ -239,7 +239,7 @@ def test_judges_that_cannot_be_asked_are_told():
     with pytest.raises(UserError, match="examples=0"):
         judge_at("http://h/v1#m", examples=0)
     with chat_server(longer_wins) as server, pytest.raises(UserError, match="2 questions have 1"):
-        judge_answers(judge(server), ["q", "r"], ["a"], ["b", "c"])
+        judge_pairs(judge(server), ["q", "r"], ["a"], ["b", "c"])
 
 
 def test_a_key_goes_to_no_other_service(monkeypatch):
@@ -253,7 +253,7 @@ def test_a_key_goes_to_no_other_service(monkeypatch):
             (["a", other], {"models_key_env": "ONE"}, None),
             (["a", other], {"models_key_env": "ONE", "api_key_env": "TWO"}, "Bearer sk-two"),
         ):
-            judge_answers(judge_at(place, models, resume=False, **options), ["q"], ["a"], ["b"])
+            judge_pairs(judge_at(place, models, resume=False, **options), ["q"], ["a"], ["b"])
             assert server.headers[-1].get("Authorization") == sent, models
 
 
@@ -294,7 +294,7 @@ def test_a_comparison_is_judged(terse_model_dir, rows_file):
     stored = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert stored["judge"]["prompt"] == JUDGE_PROMPT and stored["judge"]["model"] == "judge"
     assert stored["judge"]["models"]["talker"]["wins"] == 6 and stored["judge"]["requests"] == 12
-    assert stored["judge"]["error"] is None
+    assert stored["judge"]["error"] is None and stored["judge"]["parameters"]["temperature"] == 0
     row = stored["rows"][0]["answers"]
     assert row["talker"]["judge"]["outcome"] == "win" and row["talker"]["judge"]["replies"][0].endswith("[[B]]")
     assert row["again"]["judge"] == {"outcome": "tie", "identical": True}

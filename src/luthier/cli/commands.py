@@ -215,7 +215,9 @@ def compare(
     judge_examples: Annotated[
         int | None, typer.Option(min=1, help="First rows that are judged; none: all.", show_default=False)
     ] = None,
-    judge_max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge, in tokens.")] = 2048,
+    judge_max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply of the judge, in tokens.  [default: 2048]")
+    ] = None,
     judge_api_key_env: Annotated[
         str | None,
         typer.Option(
@@ -248,12 +250,12 @@ def compare(
             models,
             prompt=judge_prompt,
             examples=judge_examples,
-            max_tokens=judge_max_tokens,
+            **({} if judge_max_tokens is None else {"max_tokens": judge_max_tokens}),
             resume=not fresh,
             api_key_env=judge_api_key_env,
             models_key_env=api_key_env,
         )
-    elif judge_prompt or judge_examples or judge_api_key_env:
+    elif judge_prompt or judge_examples or judge_max_tokens or judge_api_key_env:
         raise UserError("nobody is named to judge", where="--judge", remedy="name URL#MODEL, or leave its options out")
     console = _console()
     chance = temperature is not None

@@ -110,7 +110,7 @@ def judge_of(section: JudgeSection, *, resume: bool = True) -> Judge | None:
     )
 
 
-def judge_answers(
+def judge_pairs(
     judge: Judge,
     questions: Sequence[str],
     first: Sequence[str],
@@ -168,12 +168,12 @@ def judge_models(
         progress: told ``(what, done, total)``.
     """
     usage = judge.endpoint.usage
-    found = Judging(judge.endpoint.model, judge.endpoint.base_url, judge.prompt)
+    found = Judging(judge.endpoint.model, judge.endpoint.base_url, judge.prompt, judge.endpoint.parameters)
     rows = questions[: judge.examples]
     base = answers[0][1]
     try:
         for name, own in answers[1:]:
-            found.models[name] = judge_answers(
+            found.models[name] = judge_pairs(
                 judge,
                 [conversation_text(question) for question in rows],
                 base[: len(rows)],

@@ -176,12 +176,14 @@ class Judging:
     endpoint: str
     prompt: str
     """As it was asked, with the names of what is put in."""
+    parameters: dict[str, Any]
+    """Of the requests, the temperature among them."""
     models: dict[str, Judged] = field(default_factory=dict)
     """By name, of all but the first model."""
     requests: int = 0
     """Sent, tries after a failure included."""
     kept_replies: int = 0
-    """Found on disk."""
+    """Found on disk, or asked for twice at one time."""
     error: UserError | None = None
     """Why the judge gave up."""
 
@@ -195,7 +197,7 @@ class Judging:
         return {
             "model": self.model,
             "endpoint": self.endpoint,
-            "temperature": 0,
+            "parameters": self.parameters,
             "prompt": self.prompt,
             "requests": self.requests,
             "kept_replies": self.kept_replies,

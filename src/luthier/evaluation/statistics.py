@@ -194,7 +194,7 @@ def preference(wins: int, ties: int, losses: int) -> Change:
 
     The interval is that of Agresti and Min; ``p`` is the exact sign test's, of the rows that are not tied. A win rate
     that counts ties as half is ``(1 + value) / 2``, and so are its bounds: Wilson's interval, which takes a tie for as
-    uncertain as a won or lost row, would be twice as wide where half of the rows are tied.
+    uncertain as a won or lost row, would be 1.4 times as wide where half of the rows are tied.
 
     Args:
         wins: rows that it wins.
