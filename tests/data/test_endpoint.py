@@ -53,6 +53,15 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
         assert len(server.bodies) == 6
 
 
+def test_progress_is_told_as_answers_come(tmp_path):
+    heard = []
+    with chat_server(lambda body, number: (200, "ok")) as server:
+        endpoint(server, tmp_path)(asks("a"), [0])
+        endpoint(server, tmp_path)(asks("a", "b", "c", "b"), [0] * 4, progress=lambda *n: heard.append(n))
+    # One is on disk, and one is asked for twice.
+    assert heard == [(2, 4), (3, 4), (4, 4)]
+
+
 def test_busy_and_broken_answers_are_tried_again(tmp_path):
     troubles = [(429, BUSY), (500, b"oops"), (200, b"{broken"), (200, {"choices": []}), (200, " ")]
     with chat_server(lambda body, number: troubles[number] if number < len(troubles) else (200, "at last")) as server:
