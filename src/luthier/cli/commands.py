@@ -216,7 +216,7 @@ def compare(
         int | None, typer.Option(min=1, help="First rows that are judged; none: all.", show_default=False)
     ] = None,
     judge_max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest reply of the judge, in tokens.  [default: 2048]")
+        int | None, typer.Option(min=1, help="Longest reply of the judge, in tokens; 2,048 by default.")
     ] = None,
     judge_api_key_env: Annotated[
         str | None,
