@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from luthier import recipe
+from luthier import data_options, recipe, run_options
+from luthier.section import Section
 
-SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
+SECTIONS: list[tuple[str, type[Section], str]] = [
     (
         "",
         recipe.Recipe,
@@ -19,20 +20,20 @@ SECTIONS: list[tuple[str, type[recipe.Section], str]] = [
         (f"task ({kind.model_fields['name'].default})", kind, (kind.__doc__ or "").strip())
         for kind in get_args(get_args(recipe.Task)[0])
     ],
-    ("model", recipe.ModelSection, "The model to tune."),
-    ("data", recipe.DataSection, "The examples, and what becomes of them."),
-    ("data.train, validation, test and benchmarks", recipe.Source, "Each source: a path, or these keys."),
-    ("data.clean and data.augment", recipe.Step, "Each step: a name, `{name: {option: value}}`, or these keys."),
-    ("data.columns", recipe.Columns, "Which column holds what. A source may have its own `columns`."),
-    ("data.split", recipe.Split, "Shares taken from the training file for parts without a file."),
+    ("model", run_options.ModelSection, "The model to tune."),
+    ("data", data_options.DataSection, "The examples, and what becomes of them."),
+    ("data.train, validation, test and benchmarks", data_options.Source, "Each source: a path, or these keys."),
+    ("data.clean and data.augment", data_options.Step, "Each step: a name, `{name: {option: value}}`, or these keys."),
+    ("data.columns", data_options.Columns, "Which column holds what. A source may have its own `columns`."),
+    ("data.split", data_options.Split, "Shares taken from the training file for parts without a file."),
     *[
         (f"method ({kind.model_fields['name'].default})", kind, (kind.__doc__ or "").strip())
         for kind in get_args(get_args(recipe.Method)[0])
     ],
-    ("training", recipe.TrainingSection, "The training loop, with Hugging Face's names."),
-    ("evaluation", recipe.EvaluationSection, "The comparison of base and tuned after training."),
-    ("evaluation.judge", recipe.JudgeSection, "A model that judges the answers; endpoint and model switch it on."),
-    ("deployment", recipe.DeploymentSection, "What is made of the tuned model."),
+    ("training", run_options.TrainingSection, "The training loop, with Hugging Face's names."),
+    ("evaluation", run_options.EvaluationSection, "The comparison of base and tuned after training."),
+    ("evaluation.judge", run_options.JudgeSection, "A model that judges the answers; endpoint and model switch it on."),
+    ("deployment", run_options.DeploymentSection, "What is made of the tuned model."),
 ]
 
 
@@ -95,19 +96,19 @@ def _cell(text: str) -> str:
 
 def _default(field: Any) -> str:
     value = field.get_default(call_default_factory=True)
-    if isinstance(value, recipe.Section):
+    if isinstance(value, Section):
         return "see below"
     return "" if value is None or field.is_required() else f"`{json.dumps(value)}`"
 
 
 def _type(annotation: Any, metadata: list[Any]) -> str:
-    if isinstance(annotation, type) and issubclass(annotation, recipe.Section):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
     choices = [a if isinstance(a, str) else json.dumps(a) for a in get_args(annotation) if isinstance(a, str | bool)]
     if choices:
         return " \\| ".join(f"`{c}`" for c in choices)
-    if any(isinstance(a, type) and issubclass(a, recipe.Section) for a in get_args(annotation)):
-        return "list of files" if annotation == list[recipe.Source] else "section"
+    if any(isinstance(a, type) and issubclass(a, Section) for a in get_args(annotation)):
+        return "list of files" if annotation == list[data_options.Source] else "section"
     name = str(annotation if get_args(annotation) else annotation.__name__)
     bounds = [f"{sign} {getattr(m, key)}" for m in metadata for key, sign in _SIGNS.items() if hasattr(m, key)]
     return name.replace(" | None", "").replace("|", "\\|") + (f", {', '.join(bounds)}" if bounds else "")

@@ -16,6 +16,7 @@ from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
+from luthier.data_options import Columns, Source
 from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.endpoint import Endpoint
 from luthier.errors import UserError, counted
@@ -24,7 +25,6 @@ from luthier.evaluation.contestants import EndpointModel, LocalModel
 from luthier.evaluation.judge import MAX_TOKENS, Judge
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.loading import load_tokenizer
-from luthier.recipe import Columns, Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from luthier.data.examples import Reject, TrainingExample
 from luthier.data.sources import read_examples
 from luthier.data.stats import SAMPLE, Stats, measure
 from luthier.data.store import ExampleStore
+from luthier.data_options import Source
 from luthier.errors import UserError
-from luthier.recipe import Recipe, Source, apply_overrides
+from luthier.recipe import Recipe, apply_overrides
 from luthier.tasks import Task, get_task
 
 if TYPE_CHECKING:

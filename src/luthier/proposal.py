@@ -16,10 +16,10 @@ from luthier.data.examples import Reject, TrainingExample
 from luthier.data.render import Renderer
 from luthier.data.sources import open_source, read_examples
 from luthier.data.store import Chosen, ExampleStore
+from luthier.data_options import Columns, Source
 from luthier.errors import UserError
 from luthier.methods import METHODS, get_method
 from luthier.models.loading import load_tokenizer
-from luthier.recipe import Columns, Source
 
 _MEASURED = 2_000
 # Rows to validate on, and to test on, are about so many at most.

@@ -14,9 +14,9 @@ from luthier.data.convert import convert
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.store import Chosen, ExampleStore, Joined
 from luthier.data.writers import writable_kind, write_records
+from luthier.data_options import Step
 from luthier.errors import UserError
 from luthier.judging import Subject
-from luthier.recipe import Step
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -10,6 +10,7 @@ from rapidfuzz import process
 from rich.console import Console
 
 from luthier.data.examples import TaskType, TrainingExample
+from luthier.data_options import DataSection
 from luthier.errors import UserError
 from luthier.method_options import (
     AdapterMethod,
@@ -22,7 +23,8 @@ from luthier.method_options import (
     QloraMethod,
     options_of,
 )
-from luthier.recipe import DataSection, ModelSection, Recipe, TrainingSection
+from luthier.recipe import Recipe
+from luthier.run_options import ModelSection, TrainingSection
 from luthier.section import Section
 from luthier.task_options import TASKS_BY_NAME
 

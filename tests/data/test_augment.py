@@ -19,9 +19,9 @@ from luthier import DataAugmentor, TrainingExample
 from luthier.data.augmentation import Augmentation, augmenters, noise_injection, render_augmentation
 from luthier.data.augmentation.filters import cleaned, fault
 from luthier.data.examples import Source
+from luthier.data_options import DataSection, Step
 from luthier.endpoint import Endpoint
 from luthier.errors import UserError
-from luthier.recipe import DataSection, Step
 
 QUESTIONS = [
     TrainingExample(f"She wants to know how many large cars number {i} has", f"{i}", source=Source("rows.jsonl", i + 1))

@@ -15,8 +15,9 @@ from luthier.data.cleaning import Cleaning, cleaners, render_cleaners, render_cl
 from luthier.data.cleaning.registry import BUILT_IN
 from luthier.data.examples import Reject, Source
 from luthier.data.loader import load_file
+from luthier.data_options import Step
 from luthier.models.loading import load_tokenizer
-from luthier.recipe import Recipe, Step
+from luthier.recipe import Recipe
 
 CALL = {"type": "function", "function": {"name": "dial", "arguments": {"number": "13812345678"}}}
 CHAT = TrainingExample(

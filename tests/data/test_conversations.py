@@ -10,7 +10,8 @@ from luthier import UserError
 from luthier.data.conversations import Unfit, checked_turns, parse_tools, reasoning_and_rest
 from luthier.data.loader import load_file
 from luthier.data.render import prompt_messages
-from luthier.recipe import Columns, Recipe
+from luthier.data_options import Columns
+from luthier.recipe import Recipe
 
 ASKED = {"role": "user", "content": "Weather?"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

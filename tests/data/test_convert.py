@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from luthier.data.convert import FORMATS, convert, difference
 from luthier.data.examples import TrainingExample
 from luthier.data.loader import load_file
+from luthier.data_options import Columns
 from luthier.errors import UserError
-from luthier.recipe import Columns
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".jsonl.gz", ".csv.zst")
 

@@ -14,7 +14,7 @@ from luthier import DatasetLoader, UserError
 from luthier.data.examples import Reject
 from luthier.data.loader import load_source
 from luthier.data.sources import read_examples
-from luthier.recipe import Columns, Source
+from luthier.data_options import Columns, Source
 
 ALPACA = {"instruction": "Add", "input": "1 2", "output": "3"}
 PLAIN = {"question": "What is tea?", "answer": "A drink."}

@@ -10,9 +10,10 @@ import pytest
 
 from luthier.data.dataset import prepare
 from luthier.data.loader import load_file
+from luthier.data_options import Columns
 from luthier.errors import UserError
 from luthier.models.loading import load_tokenizer
-from luthier.recipe import Columns, Recipe
+from luthier.recipe import Recipe
 
 GOOD = '{"prompt": "Say yes.", "response": "yes"}\n'
 

@@ -26,7 +26,7 @@ def test_a_model_that_is_not_there_is_told_before_any_row(tmp_path):
 
 @pytest.mark.slow
 def test_the_small_model_paraphrases(base_model, tokenizer):
-    from luthier.recipe import Step
+    from luthier.data_options import Step
 
     # Room enough for whatever this machine rounds to: an answer that is cut counts as a failure.
     answer = answerer_of(base_model, tokenizer, max_new_tokens=128)

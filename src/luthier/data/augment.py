@@ -12,9 +12,9 @@ from luthier.data.augmentation.rewriting import Refused, back_translation
 from luthier.data.augmentation.synonyms import synonym_replacement
 from luthier.data.augmentation.ways import way_of
 from luthier.data.examples import TrainingExample
+from luthier.data_options import Step
 from luthier.endpoint import Answerer
 from luthier.errors import UserError
-from luthier.recipe import Step
 
 
 class DataAugmentor:

@@ -14,8 +14,8 @@ from rapidfuzz import process
 from luthier.data.conversations import Unfit, checked_turns, parse_tools
 from luthier.data.examples import Reject, TaskType, TrainingExample
 from luthier.data.readers import Row, open_reader
+from luthier.data_options import Columns
 from luthier.errors import UserError, shorten
-from luthier.recipe import Columns
 
 # In order of preference: the first that a file has is taken.
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "user", "问题", "提问", "问", "指令", "输入")

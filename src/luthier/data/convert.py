@@ -14,8 +14,8 @@ from typing import Any
 from luthier.data.examples import Message, Reject, TrainingExample
 from luthier.data.sources import read_examples
 from luthier.data.writers import TABLES, Record, as_json, writable_kind, write_records
+from luthier.data_options import Source
 from luthier.errors import UserError, shorten
-from luthier.recipe import Source
 
 _SHAREGPT = {"user": "human", "assistant": "gpt", "tool": "observation"}
 _ABSENT = object()

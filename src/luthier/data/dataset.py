@@ -26,8 +26,9 @@ from luthier.data.render import Renderer
 from luthier.data.sources import read_examples
 from luthier.data.split import split_indices
 from luthier.data.store import Chosen, ExampleStore, Joined
+from luthier.data_options import Source
 from luthier.errors import UserError
-from luthier.recipe import Recipe, Source
+from luthier.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from luthier.data.examples import Message, Reject, TaskType, TrainingExample
 from luthier.data.readers import kind_of, open_reader
 from luthier.data.sources import Reading, read_examples, read_file
 from luthier.data.split import split_examples
+from luthier.data_options import Columns, Source
 from luthier.errors import UserError
-from luthier.recipe import Columns, Source
 
 
 @dataclass(slots=True)

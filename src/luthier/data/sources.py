@@ -12,8 +12,8 @@ from pathlib import Path
 from luthier.data.columns import Format, settle, to_example
 from luthier.data.examples import Reject, TaskType, TrainingExample
 from luthier.data.readers import FORMATS, Reader, Row, kind_of, open_reader
+from luthier.data_options import Columns, Source
 from luthier.errors import UserError
-from luthier.recipe import Columns, Source
 
 # What `datasets` writes beside the rows.
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")

@@ -19,7 +19,7 @@ from luthier.evaluation.judged import Judged, Judging, Verdict
 from luthier.evaluation.question import Question
 
 if TYPE_CHECKING:
-    from luthier.recipe import JudgeSection
+    from luthier.run_options import JudgeSection
 
 MAX_TOKENS = 2048
 

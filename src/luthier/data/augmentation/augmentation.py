@@ -13,9 +13,9 @@ from luthier.data.augmentation.report import AugmentationReport, StepReport
 from luthier.data.augmentation.rewriting import Refused, Rewritten
 from luthier.data.augmentation.ways import Augmenter, On, Way, way_of
 from luthier.data.examples import TrainingExample
+from luthier.data_options import Step
 from luthier.endpoint import Answerer
 from luthier.errors import UserError, shorten
-from luthier.recipe import Step
 
 # Variants that are made at one time: enough for an endpoint's threads, few enough for memory.
 _WINDOW = 256

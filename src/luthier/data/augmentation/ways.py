@@ -16,9 +16,9 @@ from luthier.data.augmentation.noise import noise_injection
 from luthier.data.augmentation.rewriting import Rewritten, back_translation, paraphrase
 from luthier.data.augmentation.synonyms import synonym_replacement
 from luthier.data.cleaning.functions import load_function
+from luthier.data_options import Step
 from luthier.endpoint import Answerer, Endpoint
 from luthier.errors import UserError, shorten
-from luthier.recipe import Step
 
 Augmenter = Callable[..., str]
 """From a text to a variant of it; may take a :class:`random.Random` second, and ``keep``, the answer."""

@@ -15,8 +15,8 @@ from luthier.data.cleaning.registry import BUILT_IN, check_options, is_filter, n
 from luthier.data.cleaning.report import StepReport
 from luthier.data.cleaning.rows import Refusal, Text, texts_of, with_texts
 from luthier.data.examples import Reject, TrainingExample
+from luthier.data_options import Step
 from luthier.errors import UserError, shorten
-from luthier.recipe import Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
