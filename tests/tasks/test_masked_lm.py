@@ -383,7 +383,7 @@ def test_scores_are_those_of_the_hidden_words(finished):
                       mask_replace_prob=1.0, random_replace_prob=0.0)  # fmt: skip
     assert not set(masking.replacements.tolist()) & set(saved.tokenizer.all_special_ids)
     rows = MaskEncoder(saved.tokenizer).encode(GIVEN["test"]).examples
-    metrics, fills = fill(saved.model, rows, masking)
+    metrics, fills, _ = fill(saved.model, rows, masking)
     total, right, five, count = 0.0, 0, 0, 0
     for row, mine in zip(rows, fills, strict=True):
         ids, at = masking.draw(row, 0)

@@ -15,7 +15,9 @@ import torch
 from luthier.data.classes import ClassNames
 from luthier.data.encode import EncodedExample
 from luthier.evaluation.calibration import Calibration, calibration
+from luthier.evaluation.measures import Measure, changes_json, how_sure, intervals_json
 from luthier.evaluation.state import by_length, measuring
+from luthier.evaluation.statistics import Change, Interval, column, mean_value
 from luthier.training.class_loss import ClassLoss
 
 if TYPE_CHECKING:
@@ -50,6 +52,12 @@ class ClassResult:
     seconds: float
     calibration: Calibration | None = None
     """What the probabilities are worth"""
+    measures: dict[str, Measure] = field(default_factory=dict)
+    """accuracy and both F1, with what of each row they come from"""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """Each measure's value and its 95% confidence interval"""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Against the majority; empty for the majority itself."""
 
 
 @dataclass(slots=True)
@@ -73,19 +81,23 @@ class ClassComparison:
         for i, text in enumerate(self.texts):
             given = {m.name: names[m.given[i]].tolist() for m in self.models}
             rows.append({"where": self.places[i], "text": text, "right": names[self.right[i]].tolist(), "given": given})
+        models = {}
+        for model in self.models:
+            models[model.name] = {
+                "metrics": model.metrics,
+                "intervals": intervals_json(model.intervals),
+                "changes": changes_json(model.changes),
+                "by_class": model.by_class,
+                **({} if model.calibration is None else {"calibration": model.calibration.to_json()}),
+                "seconds": round(model.seconds, 3),
+            }
         return {
-            "models": {
-                m.name: {
-                    "metrics": m.metrics,
-                    "by_class": m.by_class,
-                    **({} if m.calibration is None else {"calibration": m.calibration.to_json()}),
-                    "seconds": round(m.seconds, 3),
-                }
-                for m in self.models
-            },
+            "models": models,
+            "measures": {name: measure.describe() for name, measure in self.models[0].measures.items()},
             "confusion": {m.name: self._confusion(m) for m in self.models if not self.classes.multi_label},
             "classes": list(self.classes.names),
             "notes": self.notes,
+            "samples": self.samples,
             "rows": rows,
         }
 
@@ -139,6 +151,7 @@ def compare_classifiers(
     training: Sequence[tuple[int, ...]],
     samples: int = 3,
     pad_token_id: int = 0,
+    seed: int = 42,
 ) -> ClassComparison:
     """Put the same rows to every model and score the classes that it gives.
 
@@ -150,6 +163,7 @@ def compare_classifiers(
         training: the classes of the training rows, from which the majority's baseline follows.
         samples: how many mistakes to choose for showing.
         pad_token_id: fills padded rows.
+        seed: of the resamples that intervals and significance come from.
     """
     right = _table([row.extra for row in rows], len(classes))
     given = _majority(training, classes, len(rows))
@@ -164,6 +178,10 @@ def compare_classifiers(
         sure = calibration(scores, right, classes.names, multi_label=classes.multi_label)
         metrics |= {"loss": loss, "ece": sure.ece, "brier": sure.brier, "nll": sure.nll}
         results.append(ClassResult(name, metrics, by_class, given, scores, seconds, sure))
+    for result in results:
+        result.measures = _measures(right, result.given)
+        before = None if result is results[0] else results[0].measures
+        result.intervals, result.changes = how_sure(result.measures, before, seed)
     notes = []
     for result in results[1:]:
         if len(classes) > 1 and len(rows) > 1 and (result.given == result.given[0]).all():
@@ -250,6 +268,30 @@ def class_metrics(
         for i, name in enumerate(names)
     }
     return metrics, by_class
+
+
+def _measures(right: np.ndarray, given: np.ndarray) -> dict[str, Measure]:
+    """Accuracy and both F1 as sums over rows; a row is won or lost as a whole."""
+    rows = (right == given).all(1).astype(np.float64)
+    sums = np.concatenate([right & given, right, given], 1).astype(np.float64)  # [N, 3C]
+    found = [Measure("accuracy", "accuracy", "higher", True, True, 3, mean_value, column(rows), rows)]
+    for name, value in (("macro_f1", _macro_f1), ("micro_f1", _micro_f1)):
+        found.append(Measure(name, name.replace("_f1", " F1"), "higher", True, False, 3, value, sums, rows))
+    return {measure.name: measure for measure in found}
+
+
+def _macro_f1(sums: np.ndarray, count: int) -> np.ndarray:
+    both, had, gave = np.split(sums, 3, -1)
+    seen = had + gave
+    f1 = np.divide(2 * both, seen, out=np.zeros_like(both), where=seen > 0)
+    found: np.ndarray = f1.sum(-1) / np.maximum((seen > 0).sum(-1), 1)
+    return found
+
+
+def _micro_f1(sums: np.ndarray, count: int) -> np.ndarray:
+    both, had, gave = (part.sum(-1) for part in np.split(sums, 3, -1))
+    found: np.ndarray = np.divide(2 * both, had + gave, out=np.zeros_like(both), where=had + gave > 0)
+    return found
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

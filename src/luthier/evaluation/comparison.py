@@ -18,10 +18,10 @@ from luthier.evaluation.contestants import Contestant, LocalModel, Models
 from luthier.evaluation.generation import Answer
 from luthier.evaluation.judge import Judge, judge_models
 from luthier.evaluation.judged import Judging
-from luthier.evaluation.measures import Measure
+from luthier.evaluation.measures import Measure, changes_json, finite, how_sure, intervals_json
 from luthier.evaluation.metrics.functions import RowFunction
 from luthier.evaluation.question import Question, ask, ask_source
-from luthier.evaluation.statistics import Change, Interval, Resampling, change, interval
+from luthier.evaluation.statistics import Change, Interval
 from luthier.evaluation.suspicions import suspicions
 
 if TYPE_CHECKING:
@@ -114,18 +114,17 @@ class Comparison:
         for model in self.models:
             found: dict[str, Any] = {
                 "metrics": _finite(model.metrics),
-                "intervals": {name: [_number(i.low), _number(i.high)] for name, i in model.intervals.items()},
+                "intervals": intervals_json(model.intervals),
                 "seconds": round(model.seconds, 3),
                 "kept_answers": model.kept,
             }
             if model is not self.models[0]:
-                found["changes"] = {
-                    name: {key: _number(value) for key, value in asdict(c).items()} for name, c in model.changes.items()
-                }
+                found["changes"] = changes_json(model.changes)
                 found |= {"improved": self.improved(model), "worsened": self.worsened(model)}
             models[model.name] = found
         return {
             "models": models,
+            "measures": {name: m.describe() for model in self.models for name, m in model.measures.items()},
             "decoding": self.decoding.describe(),
             "judged_by": self.judged_by,
             "notes": self.notes,
@@ -141,18 +140,13 @@ class Comparison:
         return {} if judged is None or row >= len(judged.verdicts) else {"judge": judged.verdicts[row].to_json()}
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
-
-
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in values.items()}
+    return {name: finite(value) for name, value in values.items()}
 
 
 def _row_scores(model: ModelResult, row: int) -> dict[str, float | None]:
     count = len(model.answers)
-    return {name: _number(float(m.rows[row])) for name, m in model.measures.items() if len(m.rows) == count}
+    return {name: finite(float(m.rows[row])) for name, m in model.measures.items() if len(m.rows) == count}
 
 
 def compare(
@@ -253,21 +247,7 @@ def _result(
     base: Sequence[ModelResult],
     seed: int,
 ) -> ModelResult:
-    intervals, changes = {}, {}
-    for key, measure in found.items():
-        resampling = Resampling(len(measure.statistics), seed=seed)
-        intervals[key] = interval(measure.value, measure.statistics, resampling, binary=measure.binary)
-        before = base[0].measures.get(key) if base else None
-        if before is not None and len(before.rows) == len(measure.rows):
-            changes[key] = change(
-                measure.value,
-                before.statistics,
-                measure.statistics,
-                (before.rows, measure.rows),
-                resampling,
-                better=measure.better,
-                binary=measure.binary,
-            )
+    intervals, changes = how_sure(found, base[0].measures if base else None, seed)
     return ModelResult(name, found, answers, seconds, intervals, changes)
 
 

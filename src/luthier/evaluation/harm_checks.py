@@ -64,6 +64,7 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """As what ``json.dumps`` takes."""
         found = {key: getattr(self, key) for key in ("name", "label", "rows", "verdict", "harm", "groups", "examples")}
+        found["measure"] = self.measure.describe()
         for key in ("base", "tuned", "change"):
             found[key] = {k: v if math.isfinite(v) else None for k, v in asdict(getattr(self, key)).items()}
         return found

@@ -14,7 +14,9 @@ import torch
 
 from luthier.data.encode import EncodedExample
 from luthier.data.masked import Masking
+from luthier.evaluation.measures import Measure, changes_json, how_sure, intervals_json
 from luthier.evaluation.state import by_length, measuring
+from luthier.evaluation.statistics import Change, Interval, Value
 from luthier.models.heads import fresh_modules
 from luthier.training.masked_loss import MaskedLoss
 
@@ -36,6 +38,12 @@ class MaskedResult:
     fills: list[np.ndarray]
     """of each row ``[k]`` likeliest token ids"""
     seconds: float
+    measures: dict[str, Measure] = field(default_factory=dict)
+    """The metrics, with what of each row they come from."""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """Each measure's value and its 95% confidence interval"""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Against the first model; empty for the first itself."""
 
 
 @dataclass(slots=True)
@@ -61,10 +69,20 @@ class MaskedComparison:
         for i, text in enumerate(self.read):
             given = {m.name: self.given[m.name][i] for m in self.models}
             rows.append({"where": self.places[i], "read": text, "right": self.right[i], "given": given})
+        models = {}
+        for model in self.models:
+            models[model.name] = {
+                "metrics": model.metrics,
+                "intervals": intervals_json(model.intervals),
+                "changes": changes_json(model.changes),
+                "seconds": round(model.seconds, 3),
+            }
         return {
-            "models": {m.name: {"metrics": m.metrics, "seconds": round(m.seconds, 3)} for m in self.models},
+            "models": models,
+            "measures": {name: measure.describe() for name, measure in self.models[0].measures.items()},
             "hidden_tokens": self.hidden,
             "notes": self.notes,
+            "samples": list(range(min(self.samples, len(self.read)))),
             "rows": rows,
         }
 
@@ -102,6 +120,7 @@ def compare_masked(
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int = 3,
+    seed: int = 42,
 ) -> MaskedComparison:
     """Hide the same words from every model and score what it puts there.
 
@@ -113,6 +132,7 @@ def compare_masked(
         masking: which words are hidden.
         tokenizer: of the models.
         samples: how many rows to show.
+        seed: of the resamples that intervals and significance come from.
     """
     masking = replace(masking, mask_replace_prob=1.0, random_replace_prob=0.0)
     results: list[MaskedResult] = []
@@ -123,8 +143,10 @@ def compare_masked(
                 notes.append("the base's head is new and fills in words at random, so it isn't asked")
                 continue
             begin = time.perf_counter()
-            metrics, fills = fill(model, rows, masking, pad_token_id=tokenizer.pad_token_id or 0)
-            results.append(MaskedResult(name, metrics, fills, time.perf_counter() - begin))
+            metrics, fills, sums = fill(model, rows, masking, pad_token_id=tokenizer.pad_token_id or 0)
+            found = MaskedResult(name, metrics, fills, time.perf_counter() - begin, _measures(sums))
+        found.intervals, found.changes = how_sure(found.measures, results[0].measures if results else None, seed)
+        results.append(found)
     if len(results) > 1 and results[0].name == "base" and results[1].metrics["loss"] >= results[0].metrics["loss"]:
         notes.append("the tuned model fills in the words of these rows no better than its base")
     drawn = [masking.draw(row, 0) for row in rows]
@@ -143,17 +165,21 @@ def compare_masked(
 @torch.no_grad()
 def fill(
     model: torch.nn.Module, rows: Sequence[EncodedExample], masking: Masking, *, pad_token_id: int = 0
-) -> tuple[dict[str, float], list[np.ndarray]]:
-    """How well a model fills in hidden tokens, and its likeliest token for each: see :class:`MaskedResult`.
+) -> tuple[dict[str, float], list[np.ndarray], np.ndarray]:
+    """How well a model fills in hidden tokens.
 
     Args:
         model: a masked language model.
         rows: encoded texts, at least one.
         masking: which tokens are hidden.
         pad_token_id: fills padded rows.
+
+    Returns:
+        the metrics and the likeliest token of each, as :class:`MaskedResult` has them, and ``[N, 4]`` what the metrics
+        are sums of: nats, right ones, right ones among the likeliest, and hidden tokens of each row.
     """
     fills: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(rows)
-    total = right = among = count = 0.0
+    sums = np.zeros((len(rows), 4))
     with measuring(model):
         device = next(model.parameters()).device
         loss = MaskedLoss(model, masking=masking, pad_token_id=pad_token_id)
@@ -161,16 +187,16 @@ def fill(
             taken = [rows[number] for number in numbers]
             batch = loss.batch(taken).to(device)
             logits = loss.logits(batch).float()
-            total += float(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum"))
+            losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
             likeliest = logits.topk(min(_TOP, logits.shape[-1]), -1).indices
             hits = likeliest == batch.targets[:, None]
-            right += float(hits[:, 0].sum())
-            among += float(hits.sum())
-            count += len(batch.targets)
+            each = torch.stack([losses.double(), hits[:, 0].double(), hits.sum(1).double()], 1).cpu().numpy()
             first = likeliest[:, 0].cpu().numpy()
             ends = np.cumsum([len(masking.draw(row, 0)[1]) for row in taken])[:-1]
-            for number, found in zip(numbers, np.split(first, ends), strict=True):
+            for number, found, of_row in zip(numbers, np.split(first, ends), np.split(each, ends), strict=True):
                 fills[number] = found
+                sums[number] = [*of_row.sum(0), len(found)]
+    total, right, among, count = sums.sum(0).tolist()
     mean = total / count
     metrics = {
         "accuracy": right / count,
@@ -178,7 +204,28 @@ def fill(
         "loss": mean,
         "perplexity": math.exp(min(mean, 700)),
     }
-    return metrics, fills
+    return metrics, fills, sums
+
+
+def _measures(sums: np.ndarray) -> dict[str, Measure]:
+    """The metrics as sums over rows."""
+    each, five = sums[:, :3] / sums[:, 3:], f"right among the {_TOP} likeliest"
+    found = [
+        Measure("accuracy", "right", "higher", True, False, 3, _mean_of(1), sums, each[:, 1]),
+        Measure("top5_accuracy", five, "higher", True, False, 3, _mean_of(2), sums, each[:, 2]),
+        Measure("loss", "loss", "lower", False, False, 3, _mean_of(0), sums, each[:, 0]),
+        Measure("perplexity", "perplexity of hidden tokens", "lower", False, False, 1, _perplexity, sums, each[:, 0]),
+    ]
+    return {measure.name: measure for measure in found}
+
+
+def _mean_of(part: int) -> Value:
+    return lambda sums, count: sums[..., part] / sums[..., 3]
+
+
+def _perplexity(sums: np.ndarray, count: int) -> np.ndarray:
+    found: np.ndarray = np.exp(np.minimum(sums[..., 0] / sums[..., 3], 700))
+    return found
 
 
 def _texts(ids: np.ndarray, at: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:

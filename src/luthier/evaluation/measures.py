@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from luthier.evaluation.generation import Answer
 from luthier.evaluation.metrics import Metric, Rows
-from luthier.evaluation.statistics import Value, column, mean_value
+from luthier.evaluation.statistics import Change, Interval, Resampling, Value, change, column, interval, mean_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,60 @@ class Measure:
 
     def shown(self, number: float, *, signed: bool = False) -> str:
         """A value of it as a table has it."""
-        sign = "+" if signed else ""
-        return f"{number * 100:{sign}.1f}%" if self.share else f"{number:{sign},.{self.digits}f}"
+        return shown(number, share=self.share, digits=self.digits, signed=signed)
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader of the JSON needs to show its values."""
+        return {"label": self.label, "better": self.better, "share": self.share, "digits": self.digits}
+
+
+def shown(number: float, *, share: bool, digits: int, signed: bool = False) -> str:
+    """A number as tables have it: per cent of a share, else so many digits after the point."""
+    sign = "+" if signed else ""
+    return f"{number * 100:{sign}.1f}%" if share else f"{number:{sign},.{digits}f}"
+
+
+def how_sure(
+    found: Mapping[str, Measure], before: Mapping[str, Measure] | None, seed: int
+) -> tuple[dict[str, Interval], dict[str, Change]]:
+    """The intervals of a model's measures, and their changes where another has the measure of the same rows too.
+
+    Args:
+        found: the model's measures.
+        before: the other's; None: there is none.
+        seed: of the resamples.
+    """
+    intervals, changes = {}, {}
+    for name, measure in found.items():
+        resampling = Resampling(len(measure.statistics), seed=seed)
+        intervals[name] = interval(measure.value, measure.statistics, resampling, binary=measure.binary)
+        other = None if before is None else before.get(name)
+        if other is not None and len(other.rows) == len(measure.rows):
+            changes[name] = change(
+                measure.value,
+                other.statistics,
+                measure.statistics,
+                (other.rows, measure.rows),
+                resampling,
+                better=measure.better,
+                binary=measure.binary,
+            )
+    return intervals, changes
+
+
+def intervals_json(intervals: Mapping[str, Interval]) -> dict[str, list[float | None]]:
+    """Intervals as what ``json.dumps`` takes."""
+    return {name: [finite(found.low), finite(found.high)] for name, found in intervals.items()}
+
+
+def changes_json(changes: Mapping[str, Change]) -> dict[str, dict[str, float | None]]:
+    """Changes as what ``json.dumps`` takes."""
+    return {name: {key: finite(value) for key, value in asdict(found).items()} for name, found in changes.items()}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def of_metric(metric: Metric, answers: Sequence[str], references: Rows) -> Measure:

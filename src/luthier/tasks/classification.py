@@ -97,6 +97,7 @@ class Classification(Task):
                 training=[row.extra for row in dataset.train.encoded],
                 samples=recipe.evaluation.samples,
                 pad_token_id=dataset.tokenizer.pad_token_id or 0,
+                seed=recipe.seed,
             )
         write_json(target, comparison.to_json())
         console.print(comparison.render())

@@ -97,7 +97,12 @@ class MaskedLM(Task):
         rows = part.encoded[: recipe.evaluation.max_examples]
         with console.status(f"filling in words of {len(rows):,} {part.name} rows"):
             comparison = compare_masked(
-                models, rows, dataset.masking, dataset.tokenizer, samples=recipe.evaluation.samples
+                models,
+                rows,
+                dataset.masking,
+                dataset.tokenizer,
+                samples=recipe.evaluation.samples,
+                seed=recipe.seed,
             )
         write_json(target, comparison.to_json())
         console.print(comparison.render())
