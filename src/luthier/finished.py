@@ -28,6 +28,7 @@ from luthier.methods.combination import CombinationType
 from luthier.methods.saved import AdapterFolder, adapter_dtype, load_saved
 from luthier.models.loading import context_of, load_model, load_tokenizer
 from luthier.recipe import Recipe
+from luthier.report import CARD, Report, write_card, write_reports
 from luthier.runfolder import RunFolder
 from luthier.tasks import Judgement, get_task
 from luthier.training.checkpoint import writing
@@ -103,6 +104,7 @@ def evaluate_run(
         console.print(f"! {note}", style="yellow", highlight=False)
     if harm or recipe.evaluation.harm:
         task.judge_harm(recipe, dataset, models, target.with_name("harm.json"), console, comparison)
+    write_reports(folder.path)
     if comparison is None:
         raise UserError(
             "no held-out row has a right answer to compare with", where=str(folder.path), remedy="give --data"
@@ -131,7 +133,9 @@ def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, 
     recipe = Recipe.load(folder.path / "recipe.yaml")
     get_method(recipe.method.name).require_merging()
     target = output or folder.path / "merged"
-    return target, merge_adapter(folder.saved, target, prompts=_prompts(folder) or None)
+    parity = merge_adapter(folder.saved, target, prompts=_prompts(folder) or None)
+    write_card(Report.of(folder.path), target / CARD)
+    return target, parity
 
 
 def _prompts(folder: RunFolder) -> list[str]:

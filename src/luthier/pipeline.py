@@ -6,7 +6,6 @@ The command line and the Python classes both call :func:`run`; there is no other
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +24,12 @@ from luthier.models.loading import load_model, without_bars
 from luthier.preparation import Prepared, prepare_run
 from luthier.recipe import Recipe
 from luthier.record import Record
+from luthier.report import tell
 from luthier.runfolder import RunFolder
 from luthier.tasks import Judgement
 from luthier.training.checkpoint import writing
 from luthier.training.loop import Interrupted, Outcome, Trainer, rows_sha256
-from luthier.training.preflight import Preflight, render_preflight
+from luthier.training.preflight import render_preflight
 from luthier.training.processes import Processes
 from luthier.training.progress import Reporter, Silent
 
@@ -111,7 +111,6 @@ def _run(
             folder.clear()
         record.start(report)
     comparison: Judgement | None = None
-    judged: list[Judgement] = []
     kept = record.kept() if record is not None else contextlib.nullcontext()
     with kept, processes.telling(Interrupted), _memory_explained(folder):
         if processes.main:
@@ -124,12 +123,13 @@ def _run(
             record.trained(outcome)
             parity = [_save(ready, folder)]
             if recipe.evaluation.enabled:
-                comparison, judged = _evaluate(ready, folder, console, record.manifest)
+                comparison = _evaluate(ready, folder, console, record.manifest)
             if recipe.deployment.merge:
                 parity.append(merge_run(ready, folder))
             record.manifest["parity"] = [p.to_dict() for p in parity]
-            write_report(folder, report, judged)
             record.finish("finished")
+    if record is not None:
+        tell(folder.path, console)
     prompts = ready.task.parity_texts(ready.dataset, ready.tokenizer)
     return RunResult(folder.path, folder.saved, outcome, comparison, ready.model, ready.tokenizer, prompts)
 
@@ -174,34 +174,29 @@ def _train(ready: Prepared, folder: RunFolder, resume: bool, reporter: Reporter)
     return outcome
 
 
-def _evaluate(
-    ready: Prepared, folder: RunFolder, console: Console, manifest: dict[str, Any]
-) -> tuple[Judgement | None, list[Judgement]]:
+def _evaluate(ready: Prepared, folder: RunFolder, console: Console, manifest: dict[str, Any]) -> Judgement | None:
     """Base against tuned, and the harm where the recipe asks for it.
 
     What was trained is saved by now, so a comparison that fails is told and costs no run.
 
     Returns:
-        the comparison, and all that the report shows.
+        the comparison.
     """
     models: list[tuple[str, Callable[[], Any]]] = [
         ("base", _as_base(ready)),
         ("tuned", lambda: contextlib.nullcontext(ready.model)),
     ]
     found: Judgement | None = None
-    judged: list[Judgement] = []
     try:
         target = folder.path / "evaluation/comparison.json"
         found = ready.task.judge(ready.recipe, ready.dataset, models, target, console)
-        judged += [] if found is None else [found]
         if ready.recipe.evaluation.harm:
             target = target.with_name("harm.json")
-            harm = ready.task.judge_harm(ready.recipe, ready.dataset, models, target, console, found)
-            judged += [] if harm is None else [harm]
+            ready.task.judge_harm(ready.recipe, ready.dataset, models, target, console, found)
     except UserError as error:
         manifest["evaluation_error"] = str(error)
         console.print(f"the model is saved, but could not be compared: {error}", style="yellow", highlight=False)
-    return found, judged
+    return found
 
 
 def _save(ready: Prepared, folder: RunFolder) -> ParityReport:
@@ -270,17 +265,6 @@ def _as_base(ready: Prepared) -> Callable[[], Any]:
         yield base.to(ready.accelerator.device)
 
     return loaded
-
-
-def write_report(folder: RunFolder, report: Preflight, judged: Sequence[Judgement]) -> None:
-    """``report.html``: what the terminal showed, to keep and to send."""
-    console = Console(record=True, width=110, file=io.StringIO())
-    console.rule(str(folder.path.name))
-    console.print(render_preflight(report))
-    for found in judged:
-        console.print(found.render())
-    with writing(folder.path / "report.html"):
-        (folder.path / "report.html").write_text(console.export_html(), encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,15 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier.errors import FailedElsewhere, UserError
 from luthier.preparation import Prepared
 from luthier.runfolder import RunFolder
 from luthier.training.checkpoint import writing
 from luthier.training.loop import Interrupted, Outcome
 from luthier.training.preflight import Preflight
-from luthier.training.runlog import environment, write_json, write_rejects
+from luthier.training.runlog import environment, peak_memory, write_json, write_rejects
 
 
 class Record:
@@ -80,7 +77,7 @@ class Record:
             "first_eval_loss": outcome.first_eval_loss,
             "last_loss": outcome.last_loss,
             "plan": asdict(outcome.plan),
-            "peak_memory_bytes": _peak_memory(self._device),
+            "peak_memory_bytes": peak_memory(self._device),
         }
 
     def finish(self, status: str, **more: Any) -> None:
@@ -100,9 +97,3 @@ def _file_sha256(path: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,7 +2,7 @@
 
 ``recipe.yaml`` (resolved), ``manifest.json`` (status, versions, seed, hashes), ``preflight.json``, ``metrics.jsonl``,
 ``rejects.jsonl``, ``checkpoints/step-N/``, ``adapter/`` or ``model/``, ``merged/``, ``evaluation/*.json``,
-``report.html``.
+``report.html``, ``report.json`` and ``report.md``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _OURS = (
     "merged",
     "evaluation",
     "report.html",
+    "report.json",
+    "report.md",
     "tracking",
 )
 

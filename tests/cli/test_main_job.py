@@ -72,6 +72,8 @@ def test_from_a_file_to_a_merged_model(luthier, no_network, rows_file, terse_mod
     assert all(p["passed"] for p in manifest["parity"])
     for name in ("recipe.yaml", "preflight.json", "metrics.jsonl", "rejects.jsonl", "report.html", "checkpoints"):
         assert (run / name).exists(), name
+    for name in ("report.md", "report.json", "adapter/README.md"):
+        assert (run / name).exists(), name
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in steps if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
@@ -205,5 +207,5 @@ def test_a_wrong_option_is_exit_code_two(luthier):
 def test_help_names_every_verb(luthier):
     code, out, _ = luthier("--help")
     assert code == 0
-    for verb in ("init", "check", "train", "evaluate", "chat", "merge", "models"):
+    for verb in ("init", "check", "train", "evaluate", "report", "chat", "merge", "models"):
         assert f"│ {verb}" in out

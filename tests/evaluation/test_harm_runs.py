@@ -47,7 +47,7 @@ def test_a_recipe_can_ask_for_it(finished):
     assert checks["forgetting_general (1)"]["rows"] == 1
     assert {"memorised_longest_run", "control_longest_run", "memorised_continued", "leaked", "refusals"} <= set(checks)
     assert "what tuning has cost" in printed and "general.jsonl:2" in printed
-    assert "what tuning has cost" in (folder / "report.html").read_text()
+    assert "What tuning has cost" in (folder / "report.html").read_text()
 
 
 def test_a_finished_run_can_be_asked_later(finished):

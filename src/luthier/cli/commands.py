@@ -169,6 +169,30 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: RunPath,
+    formats: Annotated[
+        str, typer.Option("--format", help="Some of html, md, json and card (a Hugging Face model card).")
+    ] = "html,md,json",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder, or a file of one format; by default the run folder, and of a card the saved model's.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a run's report, finished or not: one page with plots, tables and rows side by side. Loads no model."""
+    from luthier.report import write_reports
+
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    for path in write_reports(run, wanted, output):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
 def compare(
     models: Annotated[
         list[str],

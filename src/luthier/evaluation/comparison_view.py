@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import counted
 from luthier.evaluation.comparison import Comparison, ModelResult
+from luthier.evaluation.differences import differences
 from luthier.evaluation.generation import Answer
 from luthier.evaluation.judged import Judging
 from luthier.evaluation.statistics import Change, Interval
@@ -181,18 +180,13 @@ def _marked(answer: Answer, reference: str) -> Text:
 
     if not answer.text.strip():
         return Text("(empty)", style="dim")
-    said, right = _pieces(_visible(answer.text)), _pieces(reference)
     text = Text()
-    for kind, begin, end, _, _ in SequenceMatcher(None, said, right, autojunk=False).get_opcodes():
-        text.append("".join(said[begin:end]), style="green" if kind == "equal" else "underline red")
+    for kind, part in differences(_visible(answer.text), reference):
+        if kind != "missing":
+            text.append(part, style="green" if kind == "same" else "underline red")
     if not answer.stopped:
         text.append(" (cut at the limit)", style="dim")
     return text
-
-
-def _pieces(text: str) -> list[str]:
-    """Words, single Chinese characters, runs of white space and other characters, which joined give the text."""
-    return re.findall(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]|(?:(?![\u2e80-\u9fff\uac00-\ud7af])\w)+|\s+|.", text)
 
 
 def _visible(text: str) -> str:

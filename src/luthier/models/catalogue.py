@@ -24,6 +24,8 @@ class EmbeddedModel:
     file: str
     sha256: str
     licence: str
+    origin: str
+    """The model on the hub that its weights come from."""
     description: str
 
 
@@ -35,6 +37,7 @@ CATALOGUE = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
         description="SmolLM2-135M-Instruct (Hugging Face), dequantised from Q4_1 to bfloat16",
     ),
 }

@@ -35,7 +35,12 @@ class Head:
         """The class of transformers that loads a model with this head."""
         import transformers
 
-        return getattr(transformers, _LOADERS[self.task])
+        return getattr(transformers, self.loader_name)
+
+    @property
+    def loader_name(self) -> str:
+        """Its name."""
+        return _LOADERS[self.task]
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``from_pretrained``: they become part of the model's config, and travel with it."""

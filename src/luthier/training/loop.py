@@ -29,7 +29,7 @@ from luthier.training.optimiser import MasterAdamW, learning_rate_factor
 from luthier.training.plan import Plan
 from luthier.training.processes import Processes
 from luthier.training.progress import Reporter, Silent
-from luthier.training.runlog import MetricsLog
+from luthier.training.runlog import MetricsLog, peak_memory
 from luthier.training.saver import Saver
 from luthier.training.sharded_checkpoint import ShardedCheckpoints
 from luthier.training.signals import STOPS, StopSignals
@@ -268,6 +268,7 @@ class Trainer:
             "trained_tokens": int(trained),
             "computed_tokens": int(computed),
             "seconds": round(seconds, 4),
+            "peak_memory_bytes": peak_memory(self.accelerator.device),
         }
         self.reporter.step(record)
         if state.step % self.settings.logging_steps == 0 or state.step == self.plan.steps:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.data.examples import Reject
 from luthier.training.checkpoint import writing
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("luthier", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
 
@@ -77,6 +81,15 @@ def write_json(path: Path, content: Any) -> None:
         aside = path.with_name(f".{path.name}.writing")
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(path)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use at a time so far: of the GPU's memory, else of this process's."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,187 @@
+"""The parts of a report that show evaluations: tables with intervals, rows side by side, and harm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from luthier.evaluation.differences import differences
+from luthier.evaluation.measures import shown
+from luthier.report.blocks import Block, Cell, Heading, Listing, Sample, Table, Text
+from luthier.report.gather import Report
+from luthier.report.judged import Evaluation, Example, Line
+from luthier.report.verdict import shown_p
+
+_SHOWN = 1200
+"""Characters of a text."""
+_CLASSES = 25
+"""Of more classes, those that are confused most often are listed in the place of the matrix."""
+
+
+def evaluation_blocks(found: Evaluation) -> Iterator[Block]:
+    """Scores with their intervals, the changes, and what looks wrong."""
+    if len(found.models) > 2 or found.base is None:
+        yield all_scores(found)
+    for model in found.models[1:]:
+        yield against_first(found, model)
+        if model in found.moved:
+            better, worse = found.moved[model]
+            label = found[found.main].label
+            yield Text(
+                f"{model}: {better:,} rows improved and {worse:,} got worse beside {found.models[0]}, by {label}."
+            )
+    if found.by_class:
+        yield _by_class(found)
+    if found.confusion:
+        yield _confusion(found)
+    if found.notes:
+        yield Listing(found.notes, "warning")
+    told = [f"answers: {found.decoding}"] if found.decoding else []
+    told += [f"{name}: {signature}" for name, signature in found.signatures.items()]
+    told.append(
+        "95% interval: where the score would lie with other rows of the same kind; p: how likely a change as large is "
+        "between equal models, of each line alone"
+    )
+    yield Listing(told, "dim")
+
+
+def all_scores(found: Evaluation) -> Table:
+    """Every model's values with their intervals."""
+    rows = [[line.label, *(with_interval(line, model) for model in found.models)] for line in found.lines]
+    return Table("Scores, with 95% intervals", ["", *found.models], rows)
+
+
+def with_interval(line: Line, model: str) -> str:
+    """A value with the interval around it."""
+    around = line.intervals.get(model)
+    return line.shown(line.values[model]) + (f" [{line.between(*around)}]" if around else "")
+
+
+def against_first(found: Evaluation, model: str) -> Table:
+    """One model beside the first: values with intervals, the change with its interval, and rows won and lost."""
+    first = found.models[0]
+    rows: list[list[str | Cell]] = []
+    for line in found.lines:
+        row: list[str | Cell] = [line.label, with_interval(line, first), with_interval(line, model)]
+        change = line.changes.get(model)
+        if change is None:
+            rows.append([*row, "", "", "", ""])
+            continue
+        good = line.good(change)
+        rows.append(
+            [
+                *row,
+                Cell(line.shown(change["value"], signed=True), "" if good is None else "good" if good else "bad"),
+                line.between(change["low"], change["high"], signed=True),
+                shown_p(change["p"]),
+                "" if line.better is None else f"{change['wins']:.0f}/{change['losses']:.0f}",
+            ]
+        )
+    heads = ["", first, model, "change", "95% interval", "p", "won/lost"]
+    return Table(f"{model} beside {first}", heads, rows)
+
+
+def _by_class(found: Evaluation) -> Table:
+    rows = [
+        [name, f"{of['support']:,.0f}", *(f"{of[key]:.1%}" for key in ("precision", "recall", "f1"))]
+        for name, of in sorted(found.by_class.items(), key=lambda item: item[1]["f1"])
+    ]
+    return Table(f"{found.tuned}, by class, the worst first", ["class", "rows", "precision", "recall", "F1"], rows)
+
+
+def _confusion(found: Evaluation) -> Table:
+    counts, names = found.confusion, found.classes
+    if len(names) > _CLASSES:
+        pairs = [
+            (counts[i][j], names[i], names[j])
+            for i in range(len(names))
+            for j in range(len(names))
+            if i != j and counts[i][j]
+        ]
+        rows: list[list[str | Cell]] = [
+            [right, given, f"{n:,}"] for n, right, given in sorted(pairs, reverse=True)[:_CLASSES]
+        ]
+        return Table(f"{found.tuned}: classes that are taken for others", ["right", "given", "rows"], rows)
+    rows = []
+    for name, given in zip(names, counts, strict=True):
+        most = sum(given) or 1
+        rows.append([name, *(Cell(f"{count:,}", shade=0.6 * count / most) for count in given)])
+    return Table(f"{found.tuned}: rows by right class (down) and given class (across)", ["", *names], rows)
+
+
+# --- rows side by side ---
+
+
+def sample_blocks(found: Evaluation) -> Iterator[Block]:
+    """Rows that improved, that got worse, and that were sampled, marked against the right answer."""
+    yield Text(
+        "In what a model said, underlined (Markdown: {+…+}) is what the right answer does not have, and struck through "
+        "([-…-]) what it has in that place.",
+        "dim",
+    )
+    for example in found.examples:
+        yield _sample(example, found.models)
+
+
+def _sample(example: Example, models: list[str]) -> Sample:
+    right = _cut(example.right)
+    said = []
+    for model in models:
+        text = _cut(example.said[model])
+        parts = differences(text, right) if text.strip() else []
+        note = "(cut at the limit)" if model in example.cut else ""
+        said.append((model, parts, note))
+    return Sample(f"{example.why}: {example.where}", _cut(example.asked), right, said)
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text) - _SHOWN:,} more characters)"
+
+
+# --- harm ---
+
+
+def harm_blocks(report: Report) -> Iterator[Block]:
+    """What tuning has cost, where that was measured."""
+    if not report.harm:
+        return
+    yield Heading("What tuning has cost")
+    rows: list[list[str | Cell]] = []
+    for check in report.harm["checks"]:
+        how = {"share": False, "digits": 3} | check.get("measure", {})
+
+        def number(value: float | None, signed: bool = False, how: dict[str, object] = how) -> str:
+            if value is None:
+                return "–"
+            return shown(value, share=bool(how["share"]), digits=int(str(how["digits"])), signed=signed)
+
+        change = check["change"]
+        between = f"{number(change['low'], True)} … {number(change['high'], True)}"
+        rows.append(
+            [
+                check["label"],
+                f"{check['rows']:,}",
+                number(check["base"]["value"]),
+                number(check["tuned"]["value"]),
+                number(change["value"], True),
+                between,
+                shown_p(change["p"]),
+                Cell(check["verdict"], "bad" if check["harm"] else ""),
+            ]
+        )
+    yield Table("", ["", "rows", "base", "tuned", "change", "95% interval", "p", "verdict"], rows, words=True)
+    asked = [
+        f"{check['label']}: {_short(row['asked'])} → base {_short(row['base'])}, tuned {_short(row['tuned'])}"
+        for check in report.harm["checks"]
+        if check["harm"]
+        for row in check["examples"][:2]
+    ]
+    if asked:
+        yield Listing(asked, "dim")
+    if report.harm.get("notes"):
+        yield Listing(report.harm["notes"], "warning")
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else f"{line[:160]}…"
