@@ -122,8 +122,8 @@ def _plots(report: Report) -> Iterator[Plot]:
     known = ("step", "best", "best_by", "eval_loss", "eval_trained_tokens", "eval_seconds", "eval_perplexity")
     scores = dict.fromkeys(key for record in checks for key in record if key not in known)
     shares = [(key.removeprefix("eval_"), checks, key) for key in scores if _within_one(checks, key)]
-    for begin in range(0, len(shares), 4):
-        yield from _plot("Scores of answers during training", "", shares[begin : begin + 4])
+    for begin in range(0, len(shares), 3):
+        yield from _plot("Scores of answers during training", "", shares[begin : begin + 3])
     for key in scores:
         if not _within_one(checks, key):
             yield from _plot("Scores of answers during training", "", [(key.removeprefix("eval_"), checks, key)])

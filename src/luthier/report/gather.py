@@ -22,7 +22,7 @@ OWN = "comparison"
 """The evaluation that the run makes itself."""
 _REJECTS = 20  # refused rows that are shown
 # What a name must end in to hold a secret; a variable's name that ends in _env holds none.
-_SECRET = re.compile(r"(?:^|_)(?:key|token|secret|password|passwd|auth|authorization|credentials?)$", re.IGNORECASE)
+_SECRET = re.compile(r"(?:key|token|secret|password|passwd|auth|authorization|credentials?)$", re.IGNORECASE)
 _IN_TEXT = [
     (re.compile(r"(\w+://)[^/@\s]+@"), r"\1"),
     (re.compile(r"([?&][^=&\s]*(?:key|token|secret|password|signature)[^=&\s]*=)[^&\s]+", re.I), r"\1(left out)"),
@@ -149,7 +149,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as what ``json.dumps`` takes."""
-        return {
+        told = {
             "luthier_report": 1,
             "run": self.name,
             "status": self.status,
@@ -162,10 +162,12 @@ class Report:
             "recipe": self.recipe,
             "training": {"steps": self.steps, "validations": self.validations},
             "rejects": self.rejects,
-            "evaluations": [_plain(asdict(evaluation)) for evaluation in self.evaluations],
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "harm": self.harm,
             "unread": self.unread,
         }
+        plain: dict[str, Any] = _plain(told)
+        return plain
 
 
 def _plain(value: Any) -> Any:

@@ -28,9 +28,9 @@ section.sample { border: 1px solid var(--line); padding: 0 1rem .6rem; margin: 1
 .said h4, section.sample h4 { margin: .6rem 0 0; font-size: .85rem; color: var(--dim); }
 ins { color: var(--error); text-decoration: underline; } del { color: var(--good); text-decoration: line-through; }
 svg .curve, svg .dot { stroke-width: 1.5; } svg .c1 { stroke: var(--warning); } svg .c2 { stroke: var(--good); }
-svg .c3 { stroke: var(--error); } svg .curve.c1 { stroke-dasharray: 6 3; } svg .curve.c2 { stroke-dasharray: 2 3; }
-svg .curve.c3 { stroke-dasharray: 9 3 2 3; } svg .dot { fill: var(--paper); stroke: var(--bar); }
-svg .dot.c1 { stroke: var(--warning); } svg .dot.c2 { stroke: var(--good); } svg .dot.c3 { stroke: var(--error); }
+svg .curve.c1 { stroke-dasharray: 6 3; } svg .curve.c2 { stroke-dasharray: 2 3; }
+svg .dot { fill: var(--paper); stroke: var(--bar); }
+svg .dot.c1 { stroke: var(--warning); } svg .dot.c2 { stroke: var(--good); }
 @media print { nav { display: none; } body { max-width: none; margin: 0; } h2, h3, caption { break-after: avoid; }
   svg, tr, section.sample { break-inside: avoid; } }
 """

@@ -10,6 +10,7 @@ from luthier.report.blocks import Plot, Series
 
 _WIDTH, _HEIGHT = 720, 230
 _LEFT, _RIGHT, _TOP, _BASE = 70, 12, 26, 190
+_NAME = 22  # characters of a name in the picture
 _POINTS = 400
 """Of a line with more points, what of each stretch is lowest and highest is drawn."""
 
@@ -49,15 +50,16 @@ def chart(plot: Plot, number: int) -> str:
     parts.append(f'<text class="dim" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">step</text>')
     begin = _LEFT
     for place, one in enumerate(plot.series):
-        kind = f"curve c{place % 4}"
+        name = one.name if len(one.name) <= _NAME else f"{one.name[: _NAME - 1]}…"
+        kind = f"curve c{place % 3}"
         points = [f"{across(x):.1f},{down(y):.1f}" for x, y in thinned(one).points]
         if len(points) > 1:
             parts.append(f'<polyline class="{kind}" points="{" ".join(points)}"/>')
         if len(points) <= 40:
             at = (point.split(",") for point in points)
-            parts += [f'<circle class="dot c{place % 4}" cx="{x}" cy="{y}" r="3"/>' for x, y in at]
-        parts.append(f'<path class="{kind}" d="M{begin} 10h24"/><text x="{begin + 30}" y="14">{text(one.name)}</text>')
-        begin += 46 + 8 * len(one.name)
+            parts += [f'<circle class="dot c{place % 3}" cx="{x}" cy="{y}" r="3"/>' for x, y in at]
+        parts.append(f'<path class="{kind}" d="M{begin} 10h24"/><text x="{begin + 30}" y="14">{text(name)}</text>')
+        begin += 46 + 8 * len(name)
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" '
         f'aria-labelledby="t{number} d{number}">{"".join(parts)}</svg>'
