@@ -23,7 +23,7 @@ from luthier.deployment.merge import PROMPTS, claim, merge_adapter
 from luthier.deployment.parity import ParityReport
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison
-from luthier.methods import get_method
+from luthier.methods import method_of
 from luthier.methods.combination import CombinationType
 from luthier.methods.saved import AdapterFolder, adapter_dtype, load_saved
 from luthier.models.loading import context_of, load_model, load_tokenizer
@@ -131,7 +131,7 @@ def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, 
     """
     folder = RunFolder.of(run_dir)
     recipe = Recipe.load(folder.path / "recipe.yaml")
-    get_method(recipe.method.name).require_merging()
+    method_of(recipe.method).require_merging()
     target = output or folder.path / "merged"
     parity = merge_adapter(folder.saved, target, prompts=_prompts(folder) or None)
     write_card(Report.of(folder.path), target / CARD)

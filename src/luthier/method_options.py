@@ -164,15 +164,34 @@ class QloraMethod(LoraMethod):
 
 
 class MixedMethod(LoraMethod):
-    """Low-rank matrices, and other modules trained whole beside them at a rate of their own."""
+    """Low-rank matrices, and beside them other modules trained whole and keys and values before every text, each at a
+    rate of its own."""
 
     name: Literal["mixed"] = "mixed"  # type: ignore[assignment]
-    """Trains low-rank matrices in some layers and other modules whole."""
+    """Trains low-rank matrices in some layers, other modules whole and, where num_virtual_tokens says so, keys and
+    values before every text."""
     modules_to_save: Modules = Field(default=["all-norms"], min_length=1)
     """Modules trained and saved whole, by a name's end or a regular expression of it, for example embed_tokens or
     layers.29; all-norms: every norm. They get no matrices."""
     modules_to_save_lr_ratio: float = Field(0.1, gt=0)
     """Their learning rate, as a share of that of the matrices."""
+    num_virtual_tokens: int = Field(0, ge=0)
+    """How many keys and values a layer are trained before every text, as by method prefix; 0: none. With some, the
+    mixture cannot be merged."""
+    prefix_projection: bool = True
+    """A small network makes them, which training alone needs; without it they begin as noise and learn badly."""
+    encoder_hidden_size: int | None = Field(None, ge=1)
+    """Width of that network; empty: the model's own."""
+    prefix_lr_ratio: float = Field(5, gt=0)
+    """How many times faster they, or the network, learn than the matrices."""
+
+    @model_validator(mode="after")
+    def _something_before_the_text(self) -> MixedMethod:
+        fields = ("prefix_projection", "encoder_hidden_size", "prefix_lr_ratio")
+        odd = [f for f in fields if getattr(self, f) != type(self).model_fields[f].default]
+        if odd and not self.num_virtual_tokens:
+            raise ValueError(f"{odd[0]} changes nothing where num_virtual_tokens is 0: give how many, for example 30")
+        return self
 
 
 class Ia3Method(Section):

@@ -14,7 +14,7 @@ from luthier.data.dataset import Dataset, prepare
 from luthier.data.examples import TrainingExample
 from luthier.errors import UserError
 from luthier.evaluation.answering import local_answerer
-from luthier.methods import get_method
+from luthier.methods import method_of
 from luthier.methods.base import TuningMethod, trainable_parameters
 from luthier.methods.saved import fingerprint
 from luthier.models.catalogue import CATALOGUE
@@ -119,7 +119,7 @@ def prepare_run(recipe: Recipe, given: Mapping[str, Sequence[TrainingExample]] |
     """
     processes = Processes.join()
     accelerator = make_accelerator(recipe.training.report_to, Path(recipe.output_dir))
-    method = get_method(recipe.method.name)
+    method = method_of(recipe.method)
     task = get_task(recipe.task.name)
     task.check(recipe)
     method.check(recipe)

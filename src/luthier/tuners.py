@@ -128,10 +128,10 @@ class _Tuner:
                 model does not answer as the tuned one does (the parity gate); nothing is left behind then.
         """
         from luthier.deployment.merge import merge_model
-        from luthier.methods import get_method
+        from luthier.methods import method_of
 
         result = self._trained()
-        get_method(str(self._method.model_fields["name"].default)).require_merging()
+        method_of(Recipe.load(result.run_dir / "recipe.yaml").method).require_merging()
         return merge_model(result.model, result.tokenizer, Path(output_dir), prompts=result.parity_prompts)
 
     def _trained(self) -> RunResult:

@@ -390,6 +390,12 @@ def _require_lone(adapter: AdapterFolder) -> None:
             where=str(adapter.folder),
             remedy="load it by itself, or tune with method.name=lora, whose adapters are switched and combined",
         )
+    if len(adapter.parts) > 1:
+        raise UserError(
+            "a mixture with a prefix stands alone on its base: it is two of PEFT's adapters, one around the other",
+            where=str(adapter.folder),
+            remedy="load it by itself, or tune with method.num_virtual_tokens=0",
+        )
     start = str(adapter.config.get("init_lora_weights", True)).lower()
     if start.startswith(("pissa", "olora", "corda", "lora_ga")):
         raise UserError(

@@ -49,6 +49,8 @@ def merge_adapter(
     saved = load_saved(adapter_path, dtype=dtype)
     if saved.kind != "adapter":
         raise UserError(f"{str(adapter_path)!r} holds no adapter", remedy="name the folder of a LoRA run")
+    if saved.method is not None:
+        saved.method.require_merging()
     if dtype is None and saved.folder is not None:
         # In a coarser base's precision, small updates would be rounded before they are added, and with them.
         held = next(saved.model.parameters()).dtype

@@ -1,7 +1,7 @@
 """Tuning methods, one file each. Importing this package registers them."""
 
 from luthier.methods import adapter, full, ia3, lora, mixed, p_tuning, prefix, prompt, qlora
-from luthier.methods.base import METHODS, TuningMethod, get_method
+from luthier.methods.base import METHODS, TuningMethod, get_method, method_of
 
 __all__ = [
     "METHODS",
@@ -11,6 +11,7 @@ __all__ = [
     "get_method",
     "ia3",
     "lora",
+    "method_of",
     "mixed",
     "p_tuning",
     "prefix",

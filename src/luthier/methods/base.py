@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +45,7 @@ class TuningMethod:
         merges: True where the adapter can become part of the base's weights.
         embeds: True where embeddings of tokens that are added to the vocabulary are trained.
         divides: True where the model can be divided among processes (FSDP2, DeepSpeed).
+        instead: what a recipe sets where this method cannot do what it asks for.
         learning_rate: default peak learning rate.
         weight_decay: default weight decay.
         advice: ranges that usually work.
@@ -57,9 +58,14 @@ class TuningMethod:
     merges: ClassVar[bool] = False
     embeds: ClassVar[bool] = False
     divides: ClassVar[bool] = True
+    instead: ClassVar[str] = "method.name=lora"
     learning_rate: ClassVar[float]
     weight_decay: ClassVar[float] = 0.0
     advice: ClassVar[Advice]
+
+    def given(self, options: Any) -> TuningMethod:
+        """The method that these options make of it, where what it can do depends on them."""
+        return self
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what this method cannot do, before anything is loaded.
@@ -71,7 +77,7 @@ class TuningMethod:
             raise UserError(
                 f"method {self.name} cannot tune a model for {recipe.task.name}",
                 where="method.name",
-                remedy="use method.name=lora",
+                remedy=f"use {self.instead}",
             )
         if recipe.model.added_tokens and not self.embeds:
             raise UserError(
@@ -83,7 +89,7 @@ class TuningMethod:
             raise UserError(
                 f"a model that is tuned by method {self.name} cannot be divided among processes",
                 where="training.sharding",
-                remedy="set it to none, or use method.name=lora",
+                remedy=f"set it to none, or use {self.instead}",
             )
         if recipe.deployment.merge:
             self.require_merging()
@@ -104,7 +110,7 @@ class TuningMethod:
             raise UserError(
                 f"method {self.name} cannot be merged: it trains {self.trains}",
                 where="deployment.merge",
-                remedy="load the adapter beside its base, or train with method.name=lora",
+                remedy=f"load the adapter beside its base, or train with {self.instead}",
             )
 
     def quantization(self, options: Any) -> Quantization | None:
@@ -203,7 +209,15 @@ def whole_modules(model: PreTrainedModel, asked: Iterable[str], task: TaskType) 
     return sorted({*asked, *fresh_modules(model)} - known) or None
 
 
-def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str, *, where: str, remedy: str) -> torch.nn.Module:
+def wrapped_by_peft(
+    model: Any,
+    config: Any,
+    method: str,
+    *,
+    where: str,
+    remedy: str,
+    wrapper: Callable[..., torch.nn.Module] | None = None,
+) -> torch.nn.Module:
     """The model in PEFT's wrapper.
 
     Args:
@@ -212,17 +226,19 @@ def wrapped_by_peft(model: PreTrainedModel, config: Any, method: str, *, where: 
         method: its name, for the message.
         where: the field to mend where it does not fit.
         remedy: how.
+        wrapper: takes model and configuration; None: PEFT's own.
 
     Raises:
         UserError: the configuration does not fit the model.
     """
     from peft import get_peft_model
 
+    wrapper = get_peft_model if wrapper is None else wrapper
     try:
         # What is added takes the weights' dtype: a bfloat16 product beside a bfloat16 product costs no casts. The
         # optimiser keeps it in float32 (training.optimiser), where small updates survive.
         with peft_warnings_apart():
-            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+            wrapped = wrapper(model, config, autocast_adapter_dtype=False)
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{method} does not fit this model: {str(error).splitlines()[0]}", where=where, remedy=remedy
@@ -275,6 +291,15 @@ def get_method(name: str) -> TuningMethod:
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}", where="method.name", remedy=f"known: {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def method_of(options: Any) -> TuningMethod:
+    """The method that a recipe's section asks for.
+
+    Raises:
+        UserError: there is none of its name.
+    """
+    return get_method(options.name).given(options)
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -6,11 +6,11 @@ keys and values themselves, not the network that makes them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luthier.data.examples import TaskType
 from luthier.errors import UserError
-from luthier.method_options import PrefixMethod
+from luthier.method_options import MixedMethod, PrefixMethod
 from luthier.methods.base import Advice, peft_task, register
 from luthier.methods.before import BeforeTheText
 
@@ -35,9 +35,9 @@ class Prefix(BeforeTheText):
         super().check(recipe)
         if recipe.training.gradient_checkpointing:
             raise UserError(
-                "method prefix cannot recompute layers: their trained keys and values would be dropped",
+                f"method {self.name} cannot recompute layers: their trained keys and values would be dropped",
                 where="training.gradient_checkpointing",
-                remedy="set it to false and lower per_device_train_batch_size, or use method.name=prompt",
+                remedy=f"set it to false and lower per_device_train_batch_size, or use {self.instead}",
             )
 
     def wrap(
@@ -48,12 +48,16 @@ class Prefix(BeforeTheText):
         task: TaskType = TaskType.CAUSAL_LM,
     ) -> torch.nn.Module:
         """See :meth:`TuningMethod.wrap`."""
-        from peft import PrefixTuningConfig
+        return self.wrapped(model, prefix_config(model, options, task))
 
-        config = PrefixTuningConfig(
-            task_type=peft_task(task),
-            num_virtual_tokens=options.num_virtual_tokens,
-            prefix_projection=options.prefix_projection,
-            encoder_hidden_size=options.encoder_hidden_size or model.config.get_text_config().hidden_size,
-        )
-        return self.wrapped(model, config)
+
+def prefix_config(model: PreTrainedModel, options: PrefixMethod | MixedMethod, task: TaskType) -> Any:
+    """PEFT's configuration of the keys and values that options ask for."""
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(
+        task_type=peft_task(task),
+        num_virtual_tokens=options.num_virtual_tokens,
+        prefix_projection=options.prefix_projection,
+        encoder_hidden_size=options.encoder_hidden_size or model.config.get_text_config().hidden_size,
+    )

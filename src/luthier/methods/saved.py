@@ -13,6 +13,7 @@ import torch
 
 from luthier.errors import UserError
 from luthier.methods.base import METHODS, TuningMethod
+from luthier.methods.mixed import MIXED_WITH_PREFIX, PARTS
 from luthier.models.catalogue import CATALOGUE
 from luthier.models.fingerprint import fingerprint
 from luthier.models.heads import Head
@@ -80,7 +81,7 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedMo
         return _whole(text, dtype, text)
     base = _base_of_run(folder)
     folder = _tuned_weights(folder)
-    if not (folder / "adapter_config.json").is_file():
+    if not (_parts(folder)[0] / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
             raise UserError(f"{text!r} holds no model and no adapter", where=text, remedy="name a run or model folder")
         return _whole(folder, dtype, base)
@@ -101,6 +102,13 @@ def _tuned_weights(folder: Path) -> Path:
     return inner
 
 
+def _parts(folder: Path) -> list[Path]:
+    """The folders of an adapter's weights: its own, or those in it that a mixture with a prefix has."""
+    *_, last = inner = [folder / part for part in PARTS]
+    plain = (folder / "adapter_config.json").is_file()
+    return inner if (last / "adapter_config.json").is_file() and not plain else [folder]
+
+
 def _whole(name: str | Path, dtype: torch.dtype | None, base: str | None) -> SavedModel:
     model = load_model(name, dtype=dtype)
     return SavedModel(model, load_tokenizer(name, chats=Head.of(model).writes), "model", base)
@@ -119,7 +127,7 @@ class AdapterFolder:
 
     folder: Path
     config: dict[str, Any]
-    """``adapter_config.json``"""
+    """``adapter_config.json``; of a mixture with a prefix, that of its matrices."""
     record: dict[str, Any]
     """``luthier_base.json``; empty where another tool has saved the adapter."""
 
@@ -135,7 +143,7 @@ class AdapterFolder:
             raise UserError(f"there is no folder {str(path)!r}", remedy="name a run or adapter folder")
         folder = _tuned_weights(folder)
         try:
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            config = json.loads((_parts(folder)[0] / "adapter_config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"{str(path)!r} holds no adapter", remedy="name the folder of a run that trained one"
@@ -144,11 +152,17 @@ class AdapterFolder:
             raise UserError(
                 f"adapter_config.json is no JSON: {error}", where=str(folder), remedy="save it again"
             ) from None
-        if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
+        weights = ("adapter_model.safetensors", "adapter_model.bin")
+        if not all(any((part / name).is_file() for name in weights) for part in _parts(folder)):
             raise UserError(
                 "the adapter has no weights", where=str(folder), remedy="it was saved in part; save it again"
             )
         return cls(folder, config, _record(folder))
+
+    @property
+    def parts(self) -> list[Path]:
+        """The folders that PEFT has written, in the order in which they go on the base."""
+        return _parts(self.folder)
 
     @property
     def base_name(self) -> str:
@@ -169,6 +183,8 @@ class AdapterFolder:
     @property
     def method(self) -> TuningMethod:
         """How it was made."""
+        if len(self.parts) > 1:
+            return MIXED_WITH_PREFIX
         fallback = "adapter" if self.config.get("peft_type") == "BOTTLENECK" else "lora"
         return METHODS.get(str(self.record.get("method")), METHODS[fallback])
 

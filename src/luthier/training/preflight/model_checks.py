@@ -15,7 +15,7 @@ import torch
 from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
-from luthier.methods.base import TuningMethod, get_method, parameter_counts
+from luthier.methods.base import TuningMethod, method_of, parameter_counts
 from luthier.models.quantized import held_bytes
 from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
@@ -74,7 +74,7 @@ def predict(
         kept += _kept_a_layer(recipe, model, loss_function, False)
     checkpoint = trained * 12
     copied = checkpoint if checkpoint <= COPIED else 0
-    saved = (trained if get_method(recipe.method.name).adapter else every) * size
+    saved = (trained if method_of(recipe.method).adapter else every) * size
     merged = every * size if recipe.deployment.merge else 0
     return Needs(
         weights=held_bytes(model),
@@ -95,7 +95,7 @@ def _kept_a_layer(recipe: Recipe, model: torch.nn.Module, loss_function: LossFun
         return hidden * size
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     values = 8 * hidden + 4 * inner
-    return (values + get_method(recipe.method.name).kept_values(recipe.method, hidden, inner)) * size
+    return (values + method_of(recipe.method).kept_values(recipe.method, hidden, inner)) * size
 
 
 def check_room(needs: Needs, run_dir: Path, device: torch.device, sharers: int = 1) -> Iterator[Finding]:
