@@ -164,8 +164,7 @@ class QloraMethod(LoraMethod):
 
 
 class MixedMethod(LoraMethod):
-    """Low-rank matrices, and beside them other modules trained whole and keys and values before every text, each at a
-    rate of its own."""
+    """Low-rank matrices, other modules trained whole, and keys and values before every text, at rates of their own."""
 
     name: Literal["mixed"] = "mixed"  # type: ignore[assignment]
     """Trains low-rank matrices in some layers, other modules whole and, where num_virtual_tokens says so, keys and

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from luthier.data.render import prompt_text
-from luthier.methods import METHODS
+from luthier.method_options import options_of
+from luthier.methods import METHODS, method_of
 from luthier.methods.base import trainable_parameters
 from luthier.methods.saved import load_saved
 from luthier.models.virtual import own_logits
@@ -28,6 +29,7 @@ CASES = {
     "lora-plus": {"loraplus_lr_ratio": 8},
     "lora-pissa": {"init_lora_weights": "pissa"},
     "mixed": {},
+    "mixed-prefix": {"num_virtual_tokens": 20, "modules_to_save": ["all-norms", "embed_tokens"]},
     "qlora": {},
     "qlora-8": {"bits": 8},
     "prompt": {},
@@ -83,13 +85,14 @@ def test_every_method_is_among_the_cases():
 def test_the_whole_job(case, tmp_path):
     method = case.partition("-")[0]
     dropout = {"lora_dropout": 0.0} if method in ("lora", "qlora", "mixed") else {}
-    merges = METHODS[method].merges
+    section = options_of(method)(**dropout, **CASES[case])
+    merges = method_of(section).merges
 
     def made(name):
         return Recipe.from_dict(
             {
                 "model": {"name": "smollm2", "dtype": "float32"},
-                "method": {"name": method, **dropout, **CASES[case]},
+                "method": section.model_dump(),
                 "training": {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "report_to": [],
                              "learning_rate": RATES.get(method, 1e-3)},
                 "deployment": {"merge": merges and name == "whole"},

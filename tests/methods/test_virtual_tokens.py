@@ -1,4 +1,5 @@
-"""Prompt tuning, P-tuning and prefix tuning: our path against PEFT's own forward on each row alone."""
+"""Prompt tuning, P-tuning, prefix tuning and a mixture with a prefix: our path against PEFT's own forward on each row
+alone."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from luthier.deployment.parity import log_probabilities
 from luthier.errors import UserError
 from luthier.evaluation.generation import _chosen, _generated
 from luthier.evaluation.perplexity import perplexity_of_examples
-from luthier.methods import get_method
+from luthier.methods import get_method, method_of
 from luthier.methods.base import trainable_parameters
+from luthier.methods.mixed import MIXED_WITH_PREFIX
 from luthier.methods.saved import load_saved
+from luthier.models.fingerprint import identity
 from luthier.models.virtual import VirtualTokens, own_logits
 from luthier.pipeline import run
 from luthier.recipe import Recipe
@@ -27,7 +30,8 @@ from luthier.training.loss import LossFunction
 from luthier.training.progress import Silent
 
 GREEDY = Decoding()
-METHODS = ["prompt", "p_tuning", "prefix"]
+METHODS = ["prompt", "p_tuning", "prefix", "mixed"]
+OPTIONS = {"mixed": {"lora_dropout": 0.0, "modules_to_save": ["all-norms", "embed_tokens|wte"]}}
 SHAPES = ["llama", "qwen3", "gemma3", "gpt2"]
 VOCABULARY = 300
 
@@ -61,10 +65,27 @@ def tiny(shape: str):
 
 
 def wrapped(name: str, shape: str = "llama", **options):
-    section = Recipe.from_dict({"method": {"name": name, "num_virtual_tokens": 20, **options}}).method
+    given = OPTIONS.get(name, {}) | options
+    section = Recipe.from_dict({"method": {"name": name, "num_virtual_tokens": 20, **given}}).method
     torch.manual_seed(1)
     base = tiny(shape)
-    return get_method(name).wrap(base, section, [], TaskType.CAUSAL_LM)
+    model = method_of(section).wrap(base, section, [], TaskType.CAUSAL_LM)
+    for key, parameter in trainable_parameters(model).items():
+        if ".lora_B." in key:  # whose zeros would leave A without a gradient
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def recipe_of(name: str, section: dict) -> Recipe:
+    return Recipe.from_dict({"method": {"name": name, "num_virtual_tokens": 20}} | section)
+
+
+def by_peft(shape: str, folder):
+    """A saved adapter as PEFT alone loads it; that of a mixture in two steps."""
+    model = tiny(shape)
+    for part in sorted(p.parent for p in folder.rglob("adapter_config.json")):  # lora before prefix
+        model = PeftModel.from_pretrained(model, part)
+    return model.eval()
 
 
 def rows_of(*lengths: int) -> list[EncodedExample]:
@@ -122,7 +143,7 @@ def test_loss_and_gradients_are_those_of_peft_on_each_row_alone(name, shape, bat
     expected.backward()
     theirs = gradients(model)
     loss_function = LossFunction(model, batching=batching)
-    assert loss_function.packed == (batching == "auto" and name != "prefix"), loss_function.reason
+    assert loss_function.packed == (batching == "auto" and name not in ("prefix", "mixed")), loss_function.reason
     assert loss_function.reason or loss_function.packed
     batch = loss_function.batch(rows)
     assert batch.tokens == sum(map(len, rows))
@@ -133,7 +154,9 @@ def test_loss_and_gradients_are_those_of_peft_on_each_row_alone(name, shape, bat
     ours = gradients(model)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-3)
     assert ours.keys() == theirs.keys() == set(trainable_parameters(model))
-    assert all("prompt_encoder" in n for n in ours)
+    kinds = ("prompt_encoder", "lora_A", "lora_B", "modules_to_save") if name == "mixed" else ("prompt_encoder",)
+    assert all(any(kind in n for kind in kinds) for n in ours)
+    assert all(any(kind in n and g.any() for n, g in ours.items()) for kind in kinds)
     scale = max(float(g.abs().max()) for g in theirs.values())
     for key, gradient in theirs.items():
         torch.testing.assert_close(ours[key], gradient, rtol=2e-3, atol=1e-4 * scale, msg=key)
@@ -156,22 +179,26 @@ def test_fused_layers_take_the_vectors(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_learns_saves_loads_and_switches_off(name, shape, tmp_path):
     model = wrapped(name, shape)
-    before = {k: v.clone() for k, v in model.get_base_model().state_dict().items()}
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    at_first = {n: p.clone() for n, p in trainable_parameters(model).items()}
     losses = trained_a_little(model)
     assert losses[-1] < losses[0]
-    assert all(torch.equal(v, before[k]) for k, v in model.get_base_model().state_dict().items())
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert not any(torch.equal(p, at_first[n]) for n, p in trainable_parameters(model).items())
     model.eval()
     model.set_attn_implementation("sdpa")
-    method, ids = get_method(name), rows_of(23)[0].input_ids.tolist()
+    method = MIXED_WITH_PREFIX if name == "mixed" else get_method(name)
+    ids = rows_of(23)[0].input_ids.tolist()
     method.save(model, tmp_path)
     ours = log_probabilities(model, ids)
     assert len(ours) == len(ids)
     assert torch.equal(ours, log_probabilities(method.load(tiny(shape), tmp_path), ids))
-    assert torch.equal(ours, log_probabilities(PeftModel.from_pretrained(tiny(shape), tmp_path).eval(), ids))
+    assert torch.equal(ours, log_probabilities(by_peft(shape, tmp_path), ids))
     untouched = log_probabilities(tiny(shape), ids)
     assert float((ours - untouched).abs().mean()) > 1e-2
     with model.disable_adapter():
         assert torch.equal(log_probabilities(model, ids), untouched)
+        assert identity(model) == identity(tiny(shape))
         # All of our paths too.
         assert _chosen(model, [ids], [5], [], GREEDY) == _chosen(tiny(shape), [ids], [5], [], GREEDY)
         base = perplexity_of_examples(model, rows_of(9, 30))
@@ -210,23 +237,33 @@ def test_perplexity_is_that_of_peft(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
-    ("section", "advice"),
+    ("section", "message"),
     [
-        ({"deployment": {"merge": True}}, "lora"),
-        ({"model": {"added_tokens": ["<new>"]}}, "lora"),
-        ({"training": {"sharding": "full"}}, "lora"),
+        ({"deployment": {"merge": True}}, "cannot be merged"),
+        ({"model": {"added_tokens": ["<new>"]}}, "does not train the embeddings"),
+        ({"training": {"sharding": "full"}}, "cannot be divided"),
+        ({"task": "classification"}, "cannot tune"),
     ],
-    ids=["merge", "new tokens", "sharding"],
+    ids=["merge", "new tokens", "sharding", "task"],
 )
-def test_what_cannot_be_done_is_refused_with_advice(name, section, advice):
-    with pytest.raises(UserError, match=advice):
-        get_method(name).check(Recipe.from_dict({"method": name} | section))
+def test_what_cannot_be_done_is_refused_with_advice(name, section, message):
+    recipe = recipe_of(name, section)
+    if name == "mixed" and "model" in section:
+        method_of(recipe.method).check(recipe)  # beside its prefix, LoRA trains them
+        return
+    with pytest.raises(UserError, match=message) as refused:
+        method_of(recipe.method).check(recipe)
+    assert ("method.num_virtual_tokens=0" if name == "mixed" else "method.name=lora") in refused.value.remedy
 
 
-def test_prefix_refuses_gradient_checkpointing_and_prompt_does_it_right():
-    recipe = Recipe.from_dict({"method": "prefix", "training": {"gradient_checkpointing": True}})
+@pytest.mark.parametrize("name", ["prefix", "mixed"])
+def test_prefixes_refuse_gradient_checkpointing(name):
+    recipe = recipe_of(name, {"training": {"gradient_checkpointing": True}})
     with pytest.raises(UserError, match="dropped"):
-        get_method("prefix").check(recipe)
+        method_of(recipe.method).check(recipe)
+
+
+def test_prompt_does_gradient_checkpointing_right():
     model, rows = wrapped("prompt"), rows_of(7, 20)
     loss_function = LossFunction(model)
     loss_function(loss_function.batch(rows)).backward()
