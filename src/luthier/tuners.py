@@ -214,7 +214,8 @@ class QLoRATuner(LoRATuner):
 
 
 class MixedTuner(LoRATuner):
-    """Trains low-rank matrices in some layers and other modules whole, at a rate of their own.
+    """Trains low-rank matrices in some layers, other modules whole and, with ``num_virtual_tokens``, keys and values
+    before every text, at rates of their own.
 
     Args:
         model_name: an embedded model's name, a local folder, a GGUF file or a hub id.

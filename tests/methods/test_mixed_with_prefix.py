@@ -86,7 +86,7 @@ def test_it_trains_what_it_says_at_its_rates():
     assert not any(distance for name, distance in moved.items() if name not in parameters)
     # Adam's first step moves every number by its learning rate.
     for name, kind in kinds.items():
-        assert moved[name] == pytest.approx(1e-4 * expected[kind], rel=0.02) or "embedding" in name, name
+        assert moved[name] == pytest.approx(1e-4 * expected[kind], rel=0.02), name
     assert options.modules_to_save_lr_ratio == 0.1 and options.prefix_lr_ratio == 5
     plain = MixedMethod()
     assert method_of(plain).name == "mixed" and method_of(plain).merges and not method_of(plain).virtual_tokens(plain)

@@ -201,8 +201,10 @@ def test_learns_saves_loads_and_switches_off(name, shape, tmp_path):
         assert identity(model) == identity(tiny(shape))
         # All of our paths too.
         assert _chosen(model, [ids], [5], [], GREEDY) == _chosen(tiny(shape), [ids], [5], [], GREEDY)
+        assert _generated(model, [ids], 5, [], GREEDY) == _generated(tiny(shape), [ids], 5, [], GREEDY)
         base = perplexity_of_examples(model, rows_of(9, 30))
         assert base.nll_per_token == pytest.approx(perplexity_of_examples(tiny(shape), rows_of(9, 30)).nll_per_token)
+    assert torch.equal(ours, log_probabilities(model, ids))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
