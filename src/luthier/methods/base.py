@@ -283,7 +283,7 @@ def register(method: type[TuningMethod]) -> type[TuningMethod]:
 
 
 def get_method(name: str) -> TuningMethod:
-    """The method of that name.
+    """The method of that name; where there are options of it as well, :func:`method_of` heeds them.
 
     Raises:
         UserError: there is none.
