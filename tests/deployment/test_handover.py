@@ -10,7 +10,7 @@ import torch
 
 from luthier.data.render import prompt_text
 from luthier.deployment.merge import merge_adapter, merge_model
-from luthier.deployment.parity import check_parity, render_parity, require
+from luthier.deployment.parity import check_parity, distance, render_parity, require
 from luthier.errors import UserError
 from luthier.method_options import LoraMethod
 from luthier.methods import get_method
@@ -250,3 +250,17 @@ def test_what_was_tuned_finely_is_merged_finely(terse_model_dir, tmp_path):
     ids = tokenizer("What is the answer?", return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_finds_all_tokens_alike_is_compared_by_its_likeliest():
+    even = torch.zeros(3, 50_000).log_softmax(-1)
+    moved = even.clone()
+    moved[1, 7] += 0.5
+    assert distance([even], [even])["max"] == 0
+    assert distance([even], [moved])["max"] == pytest.approx(0.5)
+    # Of models that have likely tokens, the others still do not count.
+    sure = torch.full((1, 50_000), -20.0)
+    sure[0, 3] = -0.0
+    other = sure.clone()
+    other[0, 5] = -12.0
+    assert distance([sure], [other])["max"] == 0

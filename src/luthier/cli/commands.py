@@ -114,6 +114,7 @@ def train(
         flags = [flag for flag, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
         raise typer.Exit(launch(["train", *flags, "--", str(recipe), *(overrides or ())], nproc))
 
+    from luthier.methods import method_of
     from luthier.pipeline import run
     from luthier.tasks import get_task
     from luthier.training.loop import Interrupted
@@ -144,7 +145,8 @@ def train(
     )
     if (saved := 1 - state.computed_tokens / max(state.tokens, 1)) > 0.02:
         console.print(f"{saved:.0%} of the tokens needed no computing: rows began alike, or ended untrained")
-    lines = get_task(settings.task.name).next_steps(result.run_dir, result.saved.name)
+    merges = method_of(settings.method).merges
+    lines = get_task(settings.task.name).next_steps(result.run_dir, result.saved.name, merges=merges)
     console.print("next:", *(f"  {line}" for line in lines), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 

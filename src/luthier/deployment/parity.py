@@ -231,7 +231,7 @@ def _change(base: list[torch.Tensor], tuned: list[torch.Tensor], moved: list[tor
     share of the mean |Δ| of tuning."""
     along = squared = left = total = 0.0
     for a, b, c in zip(base, tuned, moved, strict=True):
-        likely = torch.maximum(a, b) > _LIKELY
+        likely = _likely(a, b)
         wanted, found = (b - a)[likely], (c - a)[likely]
         along += float((wanted * found).sum())
         squared += float((wanted * wanted).sum())
@@ -364,12 +364,11 @@ def _jitter(model: Any, dtype: torch.dtype) -> None:
 def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:
     """Mean and greatest |Δ log-probability| over likely tokens, and mean KL divergence.
 
-    Tokens that neither model would say (probability below 1e-4) are left out: their log-probabilities are large,
-    noisy and of no consequence.
+    Tokens that neither model would say are left out: their log-probabilities are large, noisy and of no consequence.
     """
     total, count, greatest, kl, positions, same = 0.0, 0, 0.0, 0.0, 0, 0
     for a, b in zip(ours, theirs, strict=True):
-        likely = torch.maximum(a, b) > _LIKELY
+        likely = _likely(a, b)
         differences = (a - b).abs()[likely]
         total += float(differences.sum())
         count += len(differences)
@@ -378,6 +377,13 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, 
         positions += len(a)
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
     return {"mean": total / count, "max": greatest, "kl": max(0.0, kl / positions), "same_top": same / positions}
+
+
+def _likely(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of ``[L, V]`` log-probabilities of two models, which tokens either would say: with 1e-4 and above, and whatever
+    is likeliest at its place."""
+    most = torch.maximum(a, b)
+    return most >= most.amax(-1, keepdim=True).clamp(max=_LIKELY)
 
 
 def _flipped(ours: list[torch.Tensor], theirs: list[torch.Tensor], bound: float) -> int:

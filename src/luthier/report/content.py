@@ -226,7 +226,8 @@ def _use(report: Report) -> Iterator[Block]:
         yield Text("Nothing is saved to be used yet; this goes on with the run, from its last checkpoint:")
         yield Code(f"luthier train {report.folder}/recipe.yaml --resume", "sh")
         return
-    yield Code("\n".join(get_task(report.task).next_steps(report.folder, report.saved.name)))
+    merges = bool(report.preflight.get("method", {}).get("merges"))
+    yield Code("\n".join(get_task(report.task).next_steps(report.folder, report.saved.name, merges=merges)))
 
 
 def _environment(report: Report) -> Iterator[Block]:

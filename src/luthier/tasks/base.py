@@ -146,12 +146,13 @@ class Task:
         """Texts for the parity gate: of the held-out rows where there are any."""
         return [e.input for e in held_out(dataset).examples[:PARITY_TEXTS]]
 
-    def next_steps(self, folder: Path, kind: str) -> list[str]:
+    def next_steps(self, folder: Path, kind: str, *, merges: bool) -> list[str]:
         """Lines that say what can be done with a finished run.
 
         Args:
             folder: the run's.
             kind: ``adapter`` or ``model``.
+            merges: whether an adapter can become part of the base.
         """
         raise NotImplementedError
 

@@ -103,10 +103,10 @@ class Classification(Task):
         console.print(comparison.render())
         return comparison
 
-    def next_steps(self, folder: Path, kind: str) -> list[str]:
+    def next_steps(self, folder: Path, kind: str, *, merges: bool) -> list[str]:
         """See :meth:`Task.next_steps`."""
         lines = [f'luthier classify {folder} "TEXT"' + "  the classes of texts, or of standard input's lines"]
-        if kind == "adapter":
+        if kind == "adapter" and merges:
             lines.append(f"luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged")
         return [*lines, f"luthier evaluate {folder} --data FILE" + "  judge it on other rows"]
 

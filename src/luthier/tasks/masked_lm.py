@@ -108,14 +108,17 @@ class MaskedLM(Task):
         console.print(comparison.render())
         return comparison
 
-    def next_steps(self, folder: Path, kind: str) -> list[str]:
+    def next_steps(self, folder: Path, kind: str, *, merges: bool) -> list[str]:
         """See :meth:`Task.next_steps`."""
         lines = []
-        if kind == "adapter":
+        if kind == "adapter" and merges:
             lines.append(f"luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged, then in Python:")
-        plain = folder / ("merged" if kind == "adapter" else "model")
-        lines.append(f'transformers.pipeline("fill-mask", "{plain}")')
-        lines.append(f'task: classification, model: {{name: "{plain}"}}' + "  in a recipe: a classifier on its body")
+        if kind == "model" or merges:
+            plain = folder / ("merged" if kind == "adapter" else "model")
+            lines.append(f'transformers.pipeline("fill-mask", "{plain}")')
+            lines.append(
+                f'task: classification, model: {{name: "{plain}"}}' + "  in a recipe: a classifier on its body"
+            )
         return [*lines, f"luthier evaluate {folder} --data FILE" + "  judge it on other rows"]
 
 

@@ -103,17 +103,16 @@ class SeqToSeq(Task):
         assert dataset.pairs is not None
         return [dataset.pairs.texts(e)[0] for e in held_out(dataset).examples[:PARITY_TEXTS]]
 
-    def next_steps(self, folder: Path, kind: str) -> list[str]:
+    def next_steps(self, folder: Path, kind: str, *, merges: bool) -> list[str]:
         """See :meth:`Task.next_steps`."""
         lines = []
-        if kind == "adapter":
+        if kind == "adapter" and merges:
             lines.append(f"luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged")
-        plain = folder / ("merged" if kind == "adapter" else kind)
-        return [
-            *lines,
-            f"luthier evaluate {folder} --data FILE" + "  judge it on other rows",
-            f'AutoModelForSeq2SeqLM.from_pretrained("{plain}")' + "  use it from transformers",
-        ]
+        lines.append(f"luthier evaluate {folder} --data FILE" + "  judge it on other rows")
+        if kind == "model" or merges:
+            plain = folder / ("merged" if kind == "adapter" else kind)
+            lines.append(f'AutoModelForSeq2SeqLM.from_pretrained("{plain}")' + "  use it from transformers")
+        return lines
 
 
 def _sample(dataset: Dataset) -> list[EncodedExample]:

@@ -133,13 +133,13 @@ class Causal(Task):
             for e in held_out(dataset).examples[:PARITY_TEXTS]
         ]
 
-    def next_steps(self, folder: Path, kind: str) -> list[str]:
+    def next_steps(self, folder: Path, kind: str, *, merges: bool) -> list[str]:
         """See :meth:`Task.next_steps`."""
         lines = [f"luthier chat {folder}" + " " * 12 + "talk to it (--compare: beside its base)"]
-        if kind == "adapter":
+        if kind == "adapter" and merges:
             lines.append(f"luthier merge {folder}" + " " * 11 + f"one plain model in {folder}/merged, then serve it:")
             lines.append(f"transformers serve {folder}/merged" + "  or any server that loads a model folder")
-        else:
+        elif kind == "model":
             lines.append(f"transformers serve {folder}/model" + "  or any server that loads a model folder")
         return [
             *lines,
