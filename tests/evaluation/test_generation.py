@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from luthier.data.render import prompt_text
+from luthier.decoding import Decoding
 from luthier.errors import UserError
 from luthier.evaluation.generation import generate_answers, stop_tokens
 from luthier.evaluation.room import rows_that_fit
+from luthier.evaluation.until import Until
+from luthier.models.loading import load_model
 from luthier.training.preflight.model_checks import free_memory
 
 QUESTIONS = [
@@ -163,3 +166,29 @@ def test_as_many_rows_as_memory_holds_of_their_keys_and_values(base_model):
     assert rows * 2_000 * a_token == pytest.approx(0.5 * free, rel=0.3)
     assert rows_that_fit(base_model, 8_000, 256) < rows_that_fit(base_model, 800, 256) / 10
     assert rows_that_fit(base_model, 10**7, 256) == 1
+
+
+def test_an_answer_ends_before_the_first_of_some_texts(tiny_model_dir, tokenizer):
+    """Whichever way it is made, and whether prompts are texts or token ids."""
+    model = load_model(tiny_model_dir, dtype=torch.float32)
+    prompts = ["One two three", "And a longer beginning than that"]
+    whole = generate_answers(model, tokenizer, prompts, max_new_tokens=16, stop_token_ids=[])
+    until = [answer.text[9:13] for answer in whole]
+    assert all(stop and answer.text.find(stop) == 9 for stop, answer in zip(until, whole, strict=True))
+    ended = generate_answers(model, tokenizer, prompts, max_new_tokens=16, stop_token_ids=[], until=["", *until])
+    assert [a.text for a in ended] == [a.text[:9] for a in whole]
+    assert all(a.stopped and len(a.token_ids) < 16 for a in ended)
+    ids = tokenizer(prompts, add_special_tokens=False).input_ids
+    assert generate_answers(model, tokenizer, ids, max_new_tokens=16, stop_token_ids=[], until=until) == ended
+    beams = {"max_new_tokens": 16, "stop_token_ids": [], "decoding": Decoding(num_beams=2)}
+    found = generate_answers(model, tokenizer, prompts[:1], **beams)[0].text
+    cut = generate_answers(model, tokenizer, prompts[:1], until=[found[5:8]], **beams)[0]
+    assert cut.text == found[: found.find(found[5:8])] and cut.stopped
+
+
+def test_a_control_token_can_be_such_a_text(tokenizer):
+    ids = tokenizer("It is four.<|im_end|>", add_special_tokens=False).input_ids
+    end = Until(tokenizer, ["", "<|im_end|>"])
+    assert end.reached(ids) and not end.reached(ids[:-1])
+    assert not Until(tokenizer, [""]).reached(ids)
+    assert Until(tokenizer, ["five", "four", "is"]).cut("It is four.") == "It "

@@ -10,7 +10,11 @@ import torch
 
 from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
-from luthier.evaluation.perplexity import calculate_perplexity, perplexity_of_examples
+from luthier.evaluation.perplexity import (
+    calculate_perplexity,
+    likelihoods_of_examples,
+    perplexity_of_examples,
+)
 
 TEXT = "The luthier takes the spruce, listens to it, and shaves a little more from the back of the belly. " * 3
 
@@ -69,6 +73,26 @@ def test_answers_alone_count_weighted_by_token(base_model, tokenizer):
     assert ours.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
     with pytest.raises(UserError, match="no example has a token to predict"):
         perplexity_of_examples(base_model, examples[-1:])
+
+
+def test_likelihoods_of_answers_on_one_context(small_model, tokenizer):
+    """Packed and behind shared beginnings, as each row alone; rows keep their order."""
+    context = tokenizer(TEXT).input_ids
+    with torch.no_grad():
+        likeliest = int(small_model(torch.tensor([context])).logits[0, -1].argmax())
+    answers = [[likeliest], *(tokenizer(text).input_ids for text in (" a b c", " x", " never"))]
+    rows = [context + answer for answer in answers] + [tokenizer("short").input_ids * 2 + answers[1]]
+    lengths = [len(answer) for answer in answers] + [len(answers[1])]
+    examples = [
+        EncodedExample(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(ids) - n, None, 0)
+        for ids, n in zip(rows, lengths, strict=True)
+    ]
+    heard: list[tuple[int, int]] = []
+    found = likelihoods_of_examples(small_model, examples, progress=lambda *n: heard.append(n))
+    expected = [-float(_nll(small_model, ids)[-n:].sum()) for ids, n in zip(rows, lengths, strict=True)]
+    assert found[:, 0] == pytest.approx(expected, rel=1e-4)
+    assert found[:, 1].tolist() == [1, 0, 0, 0, 0]
+    assert heard[-1] == (5, 5)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from luthier.errors import UserError, shorten
 from luthier.evaluation.choice import Choice, generation_config, processors
 from luthier.evaluation.room import rows_that_fit
 from luthier.evaluation.state import measuring
+from luthier.evaluation.until import Until
 from luthier.models.heads import Head
 from luthier.models.pairs import opening
 from luthier.models.virtual import VirtualTokens, cache_name
@@ -42,11 +43,12 @@ class Answer:
 def generate_answers(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     *,
     max_new_tokens: int = 256,
     batch_size: int = BATCH_SIZE,
     stop_token_ids: Iterable[int] | None = None,
+    until: Sequence[str] = (),
     max_source_length: int | None = None,
     decoding: Decoding | None = None,
     progress: Progress | None = None,
@@ -66,10 +68,12 @@ def generate_answers(
         model: a decoder, or an encoder-decoder; its training mode and attention are given back as they were.
         tokenizer: the model's tokenizer.
         prompts: rendered texts, as ``luthier.data.render.prompt_text`` makes them; no special token is added. To an
-            encoder-decoder, sources, which get those that the tokenizer puts around them.
+            encoder-decoder, sources, which get those that the tokenizer puts around them. Or the token ids of each.
         max_new_tokens: longest answer in tokens; less where the model's context ends before.
         batch_size: prompts answered at once, fewer where memory would not suffice; with beams, beams.
         stop_token_ids: tokens that end an answer; None: those of :func:`stop_tokens`.
+        until: texts that end an answer as well, and are no part of it. What transformers' ``generate`` writes goes on
+            to its stop token or limit, and is cut afterwards: the answer is the same.
         max_source_length: an encoder-decoder reads so many tokens of a longer source, as in training.
         decoding: how tokens are chosen; None: greedily.
         progress: told how many prompts are answered.
@@ -94,8 +98,13 @@ def generate_answers(
     pairs = Head.of(model).pairs
     begins = opening(model, tokenizer) if pairs else []
     cut = {"truncation": max_source_length is not None, "max_length": max_source_length} if pairs else {}
-    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=pairs, verbose=False, **cut)["input_ids"]
+    encoded: list[list[int]] = (
+        tokenizer(list(prompts), add_special_tokens=pairs, verbose=False, **cut)["input_ids"]
+        if isinstance(prompts[0], str)
+        else [[*ids] for ids in prompts if not isinstance(ids, str)]
+    )
     limits = [_room(model, ids, i, prompts[i], max_new_tokens) for i, ids in enumerate(encoded)]
+    end = Until(tokenizer, until)
     if decoding.num_beams > 1 and decoding.no_repeat_ngram_size and VirtualTokens(model).count:
         raise UserError(
             "with virtual tokens, beams see the answer's runs of tokens alone and not the prompt's",
@@ -112,12 +121,13 @@ def generate_answers(
             elif decoding.num_beams > 1:
                 new = _generated(model, asked, room[0], stops, decoding)
             else:
-                new = _chosen(model, asked, room, stops, decoding)
+                new = _chosen(model, asked, room, stops, decoding, end)
             batch: dict[int, Answer] = {}
             for i, ids in zip(rows, new, strict=True):
-                stopped = ids[-1] in stops
                 text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-                batch[i] = Answer(text, ids, stopped, len(encoded[i]))
+                kept = end.cut(text)
+                stopped = ids[-1] in stops or end.reached(ids) or len(kept) < len(text)
+                batch[i] = Answer(kept, ids, stopped, len(encoded[i]))
             answers |= batch
             if answered is not None:
                 answered(batch)
@@ -139,7 +149,7 @@ def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(own if tokenizer.eos_token_id is None else [*own, int(tokenizer.eos_token_id)]))
 
 
-def _room(model: Any, ids: list[int], index: int, prompt: str, wanted: int) -> int:
+def _room(model: Any, ids: list[int], index: int, prompt: str | list[int], wanted: int) -> int:
     """How many tokens the answer to a prompt may have."""
     if not ids:
         raise UserError("the prompt is empty", where=f"prompt {index + 1}", remedy="render it with prompt_text")
@@ -178,7 +188,7 @@ def _batches(
 
 
 def _chosen(
-    model: Any, prompts: list[list[int]], limits: list[int], stops: list[int], decoding: Decoding
+    model: Any, prompts: list[list[int]], limits: list[int], stops: list[int], decoding: Decoding, end: Until
 ) -> list[list[int]]:
     """New token ids of each prompt. Rows leave the batch, and their keys and values the cache, once finished."""
     from luthier.evaluation.growing import grow
@@ -216,7 +226,11 @@ def _chosen(
         chosen = choice(out.logits[:, -1], alive, new)  # [B]
         for row, token in zip(alive, chosen.tolist(), strict=True):
             new[row].append(token)
-        going = [i for i, row in enumerate(alive) if new[row][-1] not in stops and len(new[row]) < limits[row]]
+        going = [
+            i
+            for i, row in enumerate(alive)
+            if new[row][-1] not in stops and len(new[row]) < limits[row] and not end.reached(new[row])
+        ]
         if not going:
             return new
         ids, positions = chosen[:, None], positions[:, -1:] + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,15 @@ import torch
 
 from luthier.data.encode import EncodedExample
 from luthier.errors import UserError
-from luthier.evaluation.state import by_length, measuring
+from luthier.evaluation.state import by_context, by_length, measuring
 from luthier.models.heads import Head
 from luthier.models.virtual import VirtualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from luthier.data.batch import Batch
+    from luthier.training.loss import LossFunction
 
 # Tokens of one forward pass, padding counted.
 _TOKENS = 4096
@@ -158,22 +161,57 @@ def losses_of_examples(model: torch.nn.Module, examples: Sequence[EncodedExample
         model: a causal language model, or an encoder-decoder.
         examples: encoded for it; one without a trained token has the loss 0.
     """
+    sums = _summed(model, examples, by_length, lambda loss, batch: loss.token_losses(batch)[:, None])
+    counts = np.array([int(example.trained.sum()) for example in examples], dtype=np.float64)
+    return np.concatenate([sums, counts[:, None]], 1)
+
+
+def likelihoods_of_examples(
+    model: torch.nn.Module,
+    examples: Sequence[EncodedExample],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """``[N, 2] float64``: the log-probability of each example's trained tokens, and 1 where all are likeliest, else 0.
+
+    Examples of one context share its computation where the model takes packed rows.
+
+    Args:
+        model: a causal language model.
+        examples: encoded for it, each with a trained token.
+        progress: told how many are done, of how many.
+    """
+    sums = _summed(model, examples, by_context, lambda loss, batch: loss.token_scores(batch), progress)
+    return np.stack([-sums[:, 0], sums[:, 1] == 0], 1)
+
+
+def _summed(
+    model: torch.nn.Module,
+    examples: Sequence[EncodedExample],
+    batches: Callable[[Sequence[EncodedExample]], Iterator[list[int]]],
+    scores: Callable[[LossFunction, Batch], torch.Tensor],
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """``[N, S] float64``: of each example the sums of its trained tokens' ``[K, S]`` scores."""
     from luthier.training.loss import LossFunction
     from luthier.training.pair_loss import PairLoss
 
-    found = np.zeros((len(examples), 2))
     numbers = [number for number, example in enumerate(examples) if example.trained.any()]
     asked = [examples[number] for number in numbers]
+    found: dict[int, np.ndarray] = {}
     with measuring(model):
         device = next(model.parameters()).device
         loss = PairLoss(model) if Head.of(model).pairs else LossFunction(model)
-        for chosen in by_length(asked):
+        for chosen in batches(asked):
             rows = [asked[place] for place in chosen]
-            values = loss.token_losses(loss.batch(rows).to(device)).double().cpu().numpy()
+            values = scores(loss, loss.batch(rows).to(device)).double().cpu().numpy()
             counts = [int(row.trained.sum()) for row in rows]
             sums = np.add.reduceat(values, np.r_[0, np.cumsum(counts)[:-1]])
-            found[[numbers[place] for place in chosen]] = np.stack([sums, counts], 1)
-    return found
+            found |= {numbers[place]: row for place, row in zip(chosen, sums, strict=True)}
+            if progress is not None:
+                progress(len(found), len(asked))
+    width = len(next(iter(found.values()))) if found else 1
+    return np.stack([found.get(n, np.zeros(width)) for n in range(len(examples))]) if examples else np.zeros((0, 1))
 
 
 def _exp(nll: float) -> float:

@@ -38,11 +38,28 @@ def measuring(model: torch.nn.Module, attention: str | None = None) -> Iterator[
 
 def by_length(rows: Sequence[EncodedExample]) -> Iterator[list[int]]:
     """Numbers of rows of like length together, as many as fit ``_TOKENS`` with padding, one at least."""
+    return _filled(rows, sorted(range(len(rows)), key=lambda n: len(rows[n])))
+
+
+def by_context(rows: Sequence[EncodedExample]) -> Iterator[list[int]]:
+    """The same with rows of one context next to each other, so that a packed batch computes that once."""
+
+    def key(number: int) -> tuple[int, bytes, int]:
+        row = rows[number]
+        context = row.input_ids[: int(row.trained.argmax())]
+        return len(context), context.tobytes(), len(row)
+
+    return _filled(rows, sorted(range(len(rows)), key=key))
+
+
+def _filled(rows: Sequence[EncodedExample], order: Sequence[int]) -> Iterator[list[int]]:
     taken: list[int] = []
-    for number in sorted(range(len(rows)), key=lambda n: len(rows[n])):
-        if taken and len(rows[number]) * (len(taken) + 1) > _TOKENS:
+    longest = 0
+    for number in order:
+        longest = max(longest, len(rows[number]))
+        if taken and longest * (len(taken) + 1) > _TOKENS:
             yield taken
-            taken = []
+            taken, longest = [], len(rows[number])
         taken.append(number)
     if taken:
         yield taken

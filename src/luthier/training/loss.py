@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -260,11 +261,25 @@ class LossFunction:
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> torch.Tensor:
         """``[K] float32``: the cross-entropy of each of the batch's targets, in the order of the examples."""
+        return torch.cat([F.cross_entropy(logits, at, reduction="none") for logits, at in self._target_logits(batch)])
+
+    @torch.no_grad()
+    def token_scores(self, batch: Batch) -> torch.Tensor:
+        """``[K, 2] float32``: beside :meth:`token_losses`, 1 where another token is likelier, else 0."""
+        found = [
+            torch.stack([F.cross_entropy(logits, at, reduction="none"), (logits.argmax(-1) != at).float()], 1)
+            for logits, at in self._target_logits(batch)
+        ]
+        return torch.cat(found)
+
+    def _target_logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """``[k, V] float32`` logits and ``[k]`` targets, so many at a time as are held at once."""
         if not self.head:
-            return F.cross_entropy(self.logits(batch).float(), batch.targets, reduction="none")
+            yield self.logits(batch).float(), batch.targets
+            return
         size, weight, bias = chunk_rows(self.output.weight), self.output.weight, self._bias()
-        pieces = zip(self._hidden(batch).split(size), batch.targets.split(size), strict=True)
-        return torch.cat([F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in pieces])
+        for hidden, at in zip(self._hidden(batch).split(size), batch.targets.split(size), strict=True):
+            yield F.linear(hidden, weight, bias).float(), at
 
     def _bias(self) -> torch.Tensor | None:
         """``[V]`` what is added to the logits."""
