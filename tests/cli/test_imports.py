@@ -13,7 +13,7 @@ HEAVY = {
     *("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "gguf", "huggingface_hub"),
     *("numpy", "pandas", "pyarrow", "scipy", "sympy", "pydantic", "yaml", "rapidfuzz", "charset_normalizer"),
     *("sacrebleu", "rouge_score", "nltk", "tensorboard", "datasets", "jinja2", "psutil"),
-    *("ftfy", "py3langid"),
+    *("ftfy", "py3langid", "lm_eval"),
 }
 
 HELP = """
@@ -35,7 +35,7 @@ def loaded(statements: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("verb", ["", "train"])
+@pytest.mark.parametrize("verb", ["", "train", "benchmark"])
 def test_help_loads_no_heavy_library(verb):
     # Typer itself checks a verb's arguments by pydantic.
     allowed = {"pydantic"} if verb else set()
