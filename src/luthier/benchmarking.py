@@ -72,9 +72,11 @@ def benchmark_models(
         told = None if progress is None else lambda done, total: progress(one.name, done, total)
         return lambda: _loaded(one.place, chat=chat, batch_size=batch_size, progress=told)
 
-    return benchmark(
+    found = benchmark(
         [(one.name, opened(one)) for one in named], loaded, limit=limit, system=system, unsafe_code=unsafe_code
     )
+    found.settings["models"] = {one.name: one.place for one in named}
+    return found
 
 
 @contextlib.contextmanager

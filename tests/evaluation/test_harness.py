@@ -229,6 +229,9 @@ def test_a_folder_of_tasks_whose_rows_lie_beside_them(folder, monkeypatch):
     assert sorted(found.tasks) == ["colours", "short"]
     assert [len(task.eval_docs) for task in found.tasks.values()] == [5, 5]
     assert list(load_tasks([str(folder / "short.yaml")], limit=2).tasks) == ["short"]
+    (folder / "twice.yaml").write_text(TASK)
+    with pytest.raises(UserError, match=r"another file has its name(.|\n)*twice\.yaml"):
+        load_tasks([str(folder)])
 
 
 def broken(folder: Path, old: str, new: str) -> str:
@@ -247,6 +250,7 @@ def broken(folder: Path, old: str, new: str) -> str:
         ("output_type", "output_type: [", "no YAML(.|\n)*colours.yaml:6"),
         ("task: colours", "- colours", "no YAML|no `key: value` lines"),
         ("task: colours", "label: colours", "no task is defined there"),
+        ("task: colours", "task: colours\ninclude: gone.yaml", "'colours' is not taken: what it includes is missing"),
         ("test_split: test", "test_split: validation", "'validation', which is not there"),
         ("test_split: test", "test_split: test\ncolour: blue", "unexpected keyword argument 'colour'"),
         ("metric: exact_match", "metric: no_such_metric", "there is no metric 'no_such_metric'"),
@@ -358,6 +362,7 @@ def test_the_command_line(terse_model_dir, folder, tmp_path, monkeypatch, capsys
         tokenize=False,
         add_generation_prompt=True,
     )
+    assert found["settings"]["models"]["two"] == str(terse_model_dir) and found["models"]["two"]["dtype"] == "float32"
     assert len(found["tasks"]["colours"]["config_hash"]) == 64 and "lm_eval" in found["versions"]
 
 

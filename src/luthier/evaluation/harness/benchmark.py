@@ -84,6 +84,8 @@ class ModelScores:
     samples: dict[str, list[dict[str, Any]]]
     """The harness's record of each row, by task"""
     seconds: float
+    dtype: str
+    """Precision of its weights"""
     chat_template: str | None
     """What its questions went through"""
     changes: dict[Key, Change] = field(default_factory=dict)
@@ -131,6 +133,7 @@ class Benchmark:
             models[model.name] = {
                 "results": _nested({key: _score(score) for key, score in model.scores.items()}),
                 "changes": _nested({key: _finite(asdict(found)) for key, found in model.changes.items()}),
+                "dtype": model.dtype,
                 "chat_template": model.chat_template,
                 "seconds": round(model.seconds, 3),
             }
@@ -208,7 +211,8 @@ def benchmark(
             seconds = time.perf_counter() - begin
             notes += [f"{name}: {note}" for note in model.notes]
             template = model.chat_template(True) if chat else None
-        result = ModelScores(name, _scores(found, tasks), found["samples"], seconds, template)
+            dtype = str(model.model.dtype).removeprefix("torch.")
+        result = ModelScores(name, _scores(found, tasks), found["samples"], seconds, dtype, template)
         if results:
             result.changes = _changes(results[0], result, seed)
         results.append(result)

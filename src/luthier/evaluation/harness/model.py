@@ -199,7 +199,7 @@ class HarnessModel(TemplateLM):
             )
         prompts = []
         for request in requests:
-            ids = self.tok_encode(request.args[0])
+            ids = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             if len(ids) > room:
                 self._counts["prompts were longer than the model's context and lost their beginning"] += 1
             prompts.append(ids[-room:])

@@ -110,15 +110,19 @@ def _files(name: str) -> list[TaskFile] | None:
         paths = [path.resolve()]
     else:
         return None
-    for each in paths:
-        _parse(each)
+    contents = {each: _parse(each) for each in paths}
     root = paths[0].parent if path.is_file() else path.resolve()
     entries = {
         entry.yaml_path: entry for entry in TaskManager(include_defaults=False, include_path=root).task_index.values()
     }
-    files = [
-        TaskFile(each, entries[each].cfg) for each in paths if each in entries and "group" not in entries[each].cfg
-    ]
+    for each, content in contents.items():
+        if isinstance(content.get("task"), str) and each not in entries:
+            raise UserError(
+                f"the task {content['task']!r} is not taken: what it includes is missing, or another file has its name",
+                where=str(each),
+                remedy="mend its include, or rename it",
+            )
+    files = [TaskFile(e, entries[e].cfg) for e in paths if e in entries and "group" not in entries[e].cfg]
     if not files:
         raise UserError(
             "no task is defined there",
@@ -135,8 +139,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: suffix)
 
 
-def _parse(path: Path) -> None:
-    """Refuse what is no YAML, which the harness would pass over in silence."""
+def _parse(path: Path) -> dict[str, Any]:
+    """What a file says by itself. The harness would pass over what is no YAML in silence."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -149,6 +153,7 @@ def _parse(path: Path) -> None:
         ) from None
     if not isinstance(content, dict):
         raise UserError("the task file holds no `key: value` lines", where=str(path), remedy="see docs/evaluation.md")
+    return content
 
 
 def _matching(manager: TaskManager, name: str) -> list[str]:
