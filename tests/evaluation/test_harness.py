@@ -294,6 +294,18 @@ def test_what_is_wrong_with_what_is_asked(folder, monkeypatch, names, options, m
 # -- several models, and the command line
 
 
+def test_a_perplexity_that_no_number_holds(terse_model_dir, tmp_path):
+    task = tmp_path / "words.yaml"
+    task.write_text(
+        "task: words\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\n"
+        "doc_to_target: text\nmetric_list: [{metric: word_perplexity, aggregation: weighted_perplexity}]\n"
+    )
+    tasks = load_tasks([str(task)], data=write(tmp_path / "texts.jsonl", [{"text": "味道很好" * 30}]))
+    model = HarnessModel(load_model(terse_model_dir, dtype=torch.float32), load_tokenizer(terse_model_dir))
+    with pytest.raises(UserError, match="leave word_perplexity out"):
+        benchmark([("one", lambda: contextlib.nullcontext(model))], tasks)
+
+
 def test_what_changed_row_by_row(terse_model_dir, asked):
     """Scores and errors are the harness's; changes are paired, and none where a number is no sum of rows."""
     model, tokenizer = load_model(terse_model_dir, dtype=torch.float32), load_tokenizer(terse_model_dir)

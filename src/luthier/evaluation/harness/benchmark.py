@@ -22,6 +22,7 @@ from lm_eval.api.metrics import bits_per_byte, mean, perplexity, weighted_perple
 from lm_eval.utils import handle_non_serializable
 
 from luthier import __version__
+from luthier.errors import UserError
 from luthier.evaluation.harness.model import HarnessModel
 from luthier.evaluation.harness.tasks import Tasks
 from luthier.evaluation.measures import Measure
@@ -230,15 +231,22 @@ def _asked(
         task.set_fewshot_seed(seed=evaluator.DEFAULT_OTHER_SEED)
     # Bootstrapped errors are told on standard output.
     with contextlib.redirect_stdout(io.StringIO()):
-        found: dict[str, Any] = evaluator.evaluate(
-            model,
-            {"tasks": tasks.tasks, "groups": tasks.groups},
-            limit=limit,
-            system_instruction=system,
-            apply_chat_template=model.chat,
-            fewshot_as_multiturn=model.chat,
-            confirm_run_unsafe_code=unsafe_code,
-        )
+        try:
+            found: dict[str, Any] = evaluator.evaluate(
+                model,
+                {"tasks": tasks.tasks, "groups": tasks.groups},
+                limit=limit,
+                system_instruction=system,
+                apply_chat_template=model.chat,
+                fewshot_as_multiturn=model.chat,
+                confirm_run_unsafe_code=unsafe_code,
+            )
+        except OverflowError:
+            raise UserError(
+                "a perplexity is larger than any number that the harness can write",
+                where=f"task {', '.join(tasks.tasks)}",
+                remedy="leave word_perplexity out of its metric_list: a text without spaces is one word",
+            ) from None
     return found
 
 
