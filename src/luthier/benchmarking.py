@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.comparing import Named
+from luthier.decoding import BATCH_SIZE
 from luthier.errors import UserError
 from luthier.evaluation.harness import require_harness
 from luthier.methods.saved import load_saved
@@ -28,7 +29,7 @@ def benchmark_models(
     limit: int | None = None,
     chat: bool = False,
     system: str | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     unsafe_code: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Benchmark:

@@ -10,6 +10,7 @@ import typer
 
 from luthier.cli import app
 from luthier.cli.commands import _console
+from luthier.decoding import BATCH_SIZE
 
 
 @app.command()
@@ -44,7 +45,7 @@ def benchmark(
         bool, typer.Option("--apply-chat-template", help="Ask through each model's chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = BATCH_SIZE,
     download: Annotated[
         bool, typer.Option("--download", help="Let data sets and models be fetched from the hub.")
     ] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -101,7 +101,7 @@ def generate_answers(
     encoded: list[list[int]] = (
         tokenizer(list(prompts), add_special_tokens=pairs, verbose=False, **cut)["input_ids"]
         if isinstance(prompts[0], str)
-        else [[*ids] for ids in prompts if not isinstance(ids, str)]
+        else [list(ids) for ids in cast("Sequence[list[int]]", prompts)]
     )
     limits = [_room(model, ids, i, prompts[i], max_new_tokens) for i, ids in enumerate(encoded)]
     end = Until(tokenizer, until)

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from luthier.data.encode import EncodedExample
 from luthier.data.render import RenderError, prompt_text
-from luthier.decoding import Decoding
+from luthier.decoding import BATCH_SIZE, Decoding
 from luthier.errors import UserError, shorten
 from luthier.evaluation.generation import generate_answers
 from luthier.evaluation.perplexity import likelihoods_of_examples
@@ -56,7 +56,7 @@ class HarnessModel(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         chat: bool = False,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
         seed: int = 42,
         progress: Progress | None = None,
     ) -> None:
