@@ -6,13 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from luthier.comparing import Named
 from luthier.decoding import BATCH_SIZE
 from luthier.errors import UserError
 from luthier.evaluation.harness import require_harness
-from luthier.methods.saved import load_saved
+from luthier.methods.answering import load_to_answer
 
 if TYPE_CHECKING:
     from luthier.evaluation.harness.benchmark import Benchmark
@@ -87,11 +85,10 @@ def _loaded(
     """A model of this machine for as long as it is asked."""
     from luthier.evaluation.harness.model import HarnessModel
 
-    saved = load_saved(place)
+    saved = load_to_answer(place)
     if not saved.head.writes:
         raise UserError(
             f"{place!r} does not write: benchmarks are asked of causal language models",
             remedy="use `luthier evaluate RUN`, which judges each task in its own way",
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield HarnessModel(saved.model.to(device), saved.tokenizer, chat=chat, batch_size=batch_size, progress=progress)
+    yield HarnessModel(saved.model, saved.tokenizer, chat=chat, batch_size=batch_size, progress=progress)

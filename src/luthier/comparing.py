@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier.data.chats import ChatEncoder
 from luthier.data.examples import Reject, TrainingExample
 from luthier.data.render import Renderer
@@ -23,7 +21,8 @@ from luthier.errors import UserError, counted
 from luthier.evaluation.comparison import Comparison, compare
 from luthier.evaluation.contestants import EndpointModel, LocalModel
 from luthier.evaluation.judge import MAX_TOKENS, Judge
-from luthier.methods.saved import SavedModel, load_saved
+from luthier.methods.answering import load_to_answer
+from luthier.methods.saved import SavedModel
 from luthier.models.loading import load_tokenizer
 
 
@@ -221,13 +220,12 @@ def _tokenizer_of(place: str) -> str | Path:
 @contextlib.contextmanager
 def _loaded(place: str, examples: Sequence[TrainingExample], system: str | None, resume: bool) -> Iterator[LocalModel]:
     """A model of this machine for as long as it is asked."""
-    saved = load_saved(place)
+    saved = load_to_answer(place)
     _require_writing(saved, place)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # What cannot be encoded has no perplexity; it is asked all the same.
     encoder = ChatEncoder(Renderer(saved.tokenizer, system=system, train_on="last_answer", allow_special_tokens=True))
     encoded = encoder.encode(examples)
-    model = LocalModel(saved.model.to(device), saved.tokenizer, encoded=encoded.examples, renders=True, resume=resume)
+    model = LocalModel(saved.model, saved.tokenizer, encoded=encoded.examples, renders=True, resume=resume)
     if encoded.rejects:
         lost = counted(len(encoded.rejects), "right answer")
         model.notes.append(f"no perplexity of {lost}: {encoded.rejects[0].message}")

@@ -24,9 +24,10 @@ from luthier.deployment.parity import ParityReport
 from luthier.errors import UserError
 from luthier.evaluation.comparison import Comparison
 from luthier.methods import method_of
+from luthier.methods.answering import load_to_answer
 from luthier.methods.combination import CombinationType
-from luthier.methods.saved import AdapterFolder, adapter_dtype, load_saved
-from luthier.models.loading import context_of, load_model, load_tokenizer
+from luthier.methods.saved import AdapterFolder, adapter_dtype
+from luthier.models.loading import context_of, load_model, load_tokenizer, training_dtype
 from luthier.recipe import Recipe
 from luthier.report import CARD, Report, write_card, write_reports
 from luthier.runfolder import RunFolder
@@ -63,7 +64,9 @@ def evaluate_run(
     folder = RunFolder.of(path)
     changes = [*overrides, *([f"data.test={Path(data).absolute()}"] if data else [])]
     recipe = Recipe.load(folder.path / "recipe.yaml", changes)
-    saved = load_saved(folder.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # As it was trained and compared then.
+    saved = load_to_answer(folder.path, dtype=training_dtype(recipe.model.dtype, device))
     if not recipe.data.train and not recipe.data.test:
         raise UserError(
             "this run's rows came from Python, so they cannot be read again",
@@ -86,7 +89,7 @@ def evaluate_run(
         ("tuned", lambda: contextlib.nullcontext(saved.model)),
     ]
     if (folder.path / "merged").is_dir():
-        models.append(("merged", lambda: contextlib.nullcontext(load_model(folder.path / "merged"))))
+        models.append(("merged", lambda: contextlib.nullcontext(_merged(folder, saved.model))))
     name = Path(data).stem if data else "comparison"
     task = get_task(recipe.task.name)
     task.check(recipe)
@@ -110,6 +113,11 @@ def evaluate_run(
             "no held-out row has a right answer to compare with", where=str(folder.path), remedy="give --data"
         )
     return comparison
+
+
+def _merged(folder: RunFolder, beside: Any) -> Any:
+    """A run's merged model, in the precision and on the device of another one."""
+    return load_model(folder.path / "merged", dtype=beside.dtype).to(beside.device)
 
 
 def _other_template(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -14,7 +14,7 @@ from luthier.evaluation.generation import generate_answers, stop_tokens
 from luthier.evaluation.room import rows_that_fit
 from luthier.evaluation.until import Until
 from luthier.models.loading import load_model
-from luthier.training.preflight.model_checks import free_memory
+from luthier.models.memory import free_memory
 
 QUESTIONS = [
     "What is 2 + 2? Answer with one number.",

@@ -13,7 +13,8 @@ from luthier.data.examples import Message
 from luthier.data.render import RenderError, prompt_text
 from luthier.errors import UserError
 from luthier.evaluation.generation import stop_tokens
-from luthier.methods.saved import SavedModel, load_saved
+from luthier.methods.answering import load_to_answer
+from luthier.methods.saved import SavedModel
 from luthier.models.virtual import VirtualTokens
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def chat(
         UserError: the model cannot be loaded, or its base is unknown and compare is asked for.
     """
     console = console or Console()
-    saved = load_saved(path)
+    saved = load_to_answer(path)
     if saved.head.pairs:
         raise UserError(
             f"{path!r} holds an encoder-decoder, which writes a target for each source and holds no conversation",

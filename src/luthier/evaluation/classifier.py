@@ -12,7 +12,7 @@ from luthier.data.encode import EncodedExample
 from luthier.data.examples import Reject, TrainingExample
 from luthier.errors import UserError, shorten
 from luthier.evaluation.classification import classify, decide
-from luthier.methods.saved import load_saved
+from luthier.methods.answering import load_to_answer
 from luthier.models.loading import context_of
 
 
@@ -27,7 +27,7 @@ class Classifier:
     """
 
     def __init__(self, path: str | Path) -> None:
-        saved = load_saved(path)
+        saved = load_to_answer(path)
         classes = saved.head.classes
         if classes is None:
             raise UserError(

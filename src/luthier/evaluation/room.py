@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.training.preflight.model_checks import free_memory
+from luthier.models.memory import free_memory
 
 # The share of free memory that the answers of a batch may be predicted to take.
 _SHARE = 0.5

@@ -62,7 +62,7 @@ class SavedModel:
             return
         if self.base_name is None:
             raise UserError("this folder does not say which model it was tuned from", remedy="name the run's folder")
-        yield load_model(self.base_name, dtype=self.model.dtype, head=self.head)
+        yield load_model(self.base_name, dtype=self.model.dtype, head=self.head).to(self.model.device)
 
 
 def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedModel:

@@ -16,6 +16,7 @@ from luthier.data.dataset import Dataset
 from luthier.data.encode import EncodedExample
 from luthier.data.encoded import lengths_of
 from luthier.methods.base import TuningMethod, method_of, parameter_counts
+from luthier.models.memory import free_memory
 from luthier.models.quantized import held_bytes
 from luthier.recipe import Recipe
 from luthier.training.fused.layer import Recompute
@@ -121,22 +122,6 @@ def check_room(needs: Needs, run_dir: Path, device: torch.device, sharers: int =
             f"checkpoints and the saved model are predicted to need {_size(needs.disk)}; {folder} has {_size(disk)}",
             "name another output_dir, free space, or lower training.save_total_limit",
         )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on CPU the container's own limit counts."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, limit - used)
-    except (OSError, ValueError):
-        pass
-    return free
 
 
 def _size(count: float) -> str:
