@@ -19,8 +19,8 @@ from luthier.evaluation.differences import differences
 from luthier.page import harmless
 from luthier.report import Report, write_reports
 from luthier.report.blocks import Series
+from luthier.report.evaluation_files import read_evaluation
 from luthier.report.gather import without_secrets
-from luthier.report.judged import read_evaluation
 from luthier.report.markdown import fenced, inline
 from luthier.report.svg import nice_ticks, thinned
 

@@ -11,8 +11,8 @@ from luthier.models.catalogue import CATALOGUE
 from luthier.report.blocks import Block, Code, Heading, Listing, Table, Text
 from luthier.report.content import trained
 from luthier.report.evaluated import against_first, all_scores
+from luthier.report.evaluation_files import Evaluation
 from luthier.report.gather import Report
-from luthier.report.judged import Evaluation
 from luthier.report.markdown import render_markdown
 from luthier.report.snippets import snippet
 from luthier.report.verdict import harmed, helped

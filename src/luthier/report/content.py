@@ -10,8 +10,8 @@ import yaml
 
 from luthier.report.blocks import Block, Code, Heading, Listing, Plot, Series, Table, Text
 from luthier.report.evaluated import evaluation_blocks, harm_blocks, sample_blocks
+from luthier.report.evaluation_files import finite
 from luthier.report.gather import Report
-from luthier.report.judged import finite
 from luthier.report.verdict import harmed, helped
 
 _COUNTS = ("rows_in", "kept", "refused", "set_aside", "augmented", "repeated", "tokens", "trained_tokens")

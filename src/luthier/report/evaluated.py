@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from luthier.evaluation.differences import differences
 from luthier.evaluation.measures import shown
 from luthier.report.blocks import Block, Cell, Heading, Listing, Sample, Table, Text
+from luthier.report.evaluation_files import Evaluation, Example, Line
 from luthier.report.gather import Report
-from luthier.report.judged import Evaluation, Example, Line
 from luthier.report.verdict import shown_p
 
 _SHOWN = 1200

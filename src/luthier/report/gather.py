@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from luthier.errors import UserError
-from luthier.report.judged import Evaluation, finite, read_evaluation
+from luthier.report.evaluation_files import Evaluation, finite, read_evaluation
 from luthier.report.verdict import harmed, helped
 from luthier.runfolder import RunFolder
 from luthier.training.runlog import read_metrics
@@ -76,10 +76,10 @@ class Report:
         )
         files = sorted((run.path / "evaluation").glob("*.json"), key=lambda file: (file.stem != OWN, file.stem))
         for file in files:
-            report._judged(file)
+            report._take(file)
         return report
 
-    def _judged(self, file: Path) -> None:
+    def _take(self, file: Path) -> None:
         content = _json(file)
         try:
             if "checks" in content:

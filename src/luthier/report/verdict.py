@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from luthier.evaluation.statistics import smallest_difference
-from luthier.report.judged import Evaluation
+from luthier.report.evaluation_files import Evaluation
 
 if TYPE_CHECKING:
     from luthier.report.gather import Report
