@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from hostile import HOSTILE
+from chat_server import chat_server, said
+from hostile import HOSTILE, JUDGE
 from rich.console import Console
 
 from luthier import TrainingExample
@@ -45,7 +48,7 @@ def chat(terse_model_dir, tmp_path_factory) -> Path:
         folder,
         terse_model_dir,
         data={"train": str(folder / "rows|`x`.jsonl"), "max_rejected_share": 0.5},
-        training={"predict_with_generate": True, "generation_examples": 2},
+        training={"predict_with_generate": True, "generation_examples": 2, "learning_rate": 0.05},
     )
     result = run(recipe, console=Console(file=io.StringIO()))
     evaluate_run(result.run_dir, data=str(folder / "other.jsonl"), console=Console(file=io.StringIO()))
@@ -99,3 +102,31 @@ def stopped(terse_model_dir, tmp_path_factory) -> Path:
     with pytest.raises(Interrupted):
         run(recipe, given={"train": rows[:14], "validation": rows[14:]}, reporter=_Stopping())
     return folder / "run"
+
+
+def _reply(body: dict, number: int) -> tuple[int, object]:
+    """A judge by a rule, with words that try to break out; of some rows it gives no verdict, of others no reply."""
+    texts = dict(re.findall(r"<(question|answer_a|answer_b) \w+>\n(.*?)\n</\1", said(body), re.DOTALL))
+    row = int(texts["question"].split()[-1])
+    if row % 4 == 1:
+        return 400, {"error": {"message": f"too long {HOSTILE}"}}
+    if row % 4 == 2:
+        return 200, f"{HOSTILE}\n\nI cannot say."
+    ordered = texts["answer_a"] > texts["answer_b"]
+    first = True if row % 4 == 0 else ordered == (row % 8 == 3)
+    return 200, f"{HOSTILE}\n\n[[{'A' if first else 'B'}]]"
+
+
+@pytest.fixture(scope="session")
+def judged(chat, tmp_path_factory) -> Path:
+    """The answers, judged by a model whose name tries to break out, behind an address with a password."""
+    run_dir = tmp_path_factory.mktemp("judged") / "run"
+    shutil.copytree(chat, run_dir, ignore=shutil.ignore_patterns("checkpoints"))
+    data = run_dir.parent / "more.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"say {n}", "response": f"{n}"}) for n in range(16)))
+    with chat_server(_reply) as server:
+        judge = {"endpoint": server.url.replace("//", "//me:hidden@"), "model": JUDGE}
+        settings = [f"evaluation.judge={json.dumps(judge)}", f"data.test={json.dumps(str(data))}"]
+        settings.append("evaluation.max_examples=null")
+        evaluate_run(run_dir, overrides=settings, console=Console(file=io.StringIO()))
+    return run_dir

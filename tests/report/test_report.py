@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from hostile import HOSTILE
 from markdown_it import MarkdownIt
+from page_reader import Page
 
 from luthier.cli import main
 from luthier.errors import UserError
@@ -24,37 +24,8 @@ from luthier.report.gather import without_secrets
 from luthier.report.markdown import fenced, inline
 from luthier.report.svg import nice_ticks, thinned
 
-_VOID = {"meta", "br", "img", "link", "input", "hr"}
 
-
-class Page(HTMLParser):
-    """A page's tags, its text, and whether each tag that opens closes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, (tag, self.getpos())
-
-    def handle_data(self, data):
-        self.text += data
-
-
-@pytest.fixture(params=["chat", "classes", "words", "stopped"])
+@pytest.fixture(params=["chat", "judged", "classes", "words", "stopped"])
 def any_run(request) -> Path:
     return request.getfixturevalue(request.param)
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MAJORITY = "majority"
-# The lines of the table. The negative log-likelihood is the loss.
+# The lines of the table, and which of them are shares. The negative log-likelihood is the loss.
 _SHOWN = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "loss": "loss",
-    "ece": "calibration error",
-    "brier": "Brier score",
+    "accuracy": ("accuracy", True),
+    "macro_f1": ("macro F1", True),
+    "micro_f1": ("micro F1", True),
+    "loss": ("loss", False),
+    "ece": ("calibration error", True),
+    "brier": ("Brier score", False),
 }
 
 
@@ -93,12 +93,22 @@ class ClassComparison:
             }
         return {
             "models": models,
-            "measures": {name: measure.describe() for name, measure in self.models[0].measures.items()},
+            "measures": self._measures(),
             "confusion": {m.name: self._confusion(m) for m in self.models if not self.classes.multi_label},
             "classes": list(self.classes.names),
             "notes": self.notes,
             "samples": self.samples,
             "rows": rows,
+        }
+
+    def _measures(self) -> dict[str, dict[str, Any]]:
+        """How each metric is shown; those without rows of their own have no intervals."""
+        measures = self.models[0].measures
+        return {
+            name: measures[name].describe()
+            if name in measures
+            else {"label": label, "better": "lower", "share": share, "digits": 3}
+            for name, (label, share) in _SHOWN.items()
         }
 
     def _confusion(self, model: ClassResult) -> list[list[int]]:
@@ -116,11 +126,10 @@ class ClassComparison:
         table.add_column("")
         for model in self.models:
             table.add_column(model.name, justify="right")
-        for key, label in _SHOWN.items():
+        for key, (label, share) in _SHOWN.items():
             values = [m.metrics.get(key) for m in self.models]
             if any(v is not None for v in values):
-                number = key in ("loss", "brier")
-                table.add_row(label, *["" if v is None else f"{v:.3f}" if number else f"{v:.1%}" for v in values])
+                table.add_row(label, *["" if v is None else f"{v:.1%}" if share else f"{v:.3f}" for v in values])
         parts.append(table)
         parts += [Text(f"! {note}", style="yellow") for note in self.notes]
         last = self.models[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +54,14 @@ class Verdict:
             return {"outcome": self.outcome, "identical": True}
         found = {"outcome": self.outcome, "choices": list(self.choices), "replies": list(self.replies or ())}
         return found | ({"problem": self.problem} if self.problem else {})
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Verdict:
+        """What :meth:`to_json` gave."""
+        if told.get("identical"):
+            return cls()
+        (first, swapped), (reply, other) = told["choices"], told["replies"]
+        return cls((first, swapped), (reply, other), told.get("problem"))
 
 
 @dataclass(slots=True)
@@ -204,6 +213,24 @@ class Judging:
             "models": {name: judged.to_json() for name, judged in self.models.items()},
             "error": None if self.error is None else str(self.error),
         }
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Judging:
+        """What a comparison's JSON has under ``judge``, and of each model in its ``rows``."""
+        models = {}
+        for name in told["models"]:
+            answers = [row["answers"][name] for row in rows]
+            models[name] = Judged([Verdict.from_json(answer["judge"]) for answer in answers if "judge" in answer])
+        return cls(
+            told["model"],
+            told["endpoint"],
+            told["prompt"],
+            dict(told["parameters"]),
+            models,
+            told["requests"],
+            told["kept_replies"],
+            UserError(told["error"]) if told["error"] else None,
+        )
 
 
 def _shown(share: Interval) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from luthier.evaluation.differences import Kind
+
+_SHOWN = 1200
+"""Characters of a text of a row."""
 
 Mood = Literal["", "good", "bad", "warning", "dim"]
 
@@ -66,13 +69,15 @@ class Sample:
     right: str
     said: Sequence[tuple[str, Sequence[tuple[Kind, str]], str]]
     """Name of the model, its text in parts, and what else is to be said of it."""
+    judged: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
+    """What a judge made of a model's answer, with its replies and what each was shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
     name: str
     points: Sequence[tuple[float, float]]
-    """By step; all are finite."""
+    """From left to right; all are finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,10 @@ class Plot:
     unit: str = ""
     lost: int = 0
     """Values that are no finite numbers, and not drawn."""
-    notes: Sequence[str] = field(default=())
+    along: str = "step"
+    """What runs from left to right."""
+    diagonal: str = ""
+    """Name of a line from (0, 0) to (1, 1), between which all points lie; empty: there is none."""
 
     def told(self) -> list[str]:
         """The plot in words, a line a series."""
@@ -90,11 +98,12 @@ class Plot:
         for one in self.series:
             first, last = one.points[0], one.points[-1]
             low, high = (pick(one.points, key=lambda p: p[1]) for pick in (min, max))
-            line = f"{one.name}: {self.shown(first[1])} at step {first[0]:,g}"
+            line = f"{one.name}: {self.shown(first[1])} at {self.along} {first[0]:,g}"
             if len(one.points) > 1:
                 line += (
-                    f", {self.shown(last[1])} at step {last[0]:,g}; lowest {self.shown(low[1])} (step {low[0]:,g}), "
-                    f"highest {self.shown(high[1])} (step {high[0]:,g})"
+                    f", {self.shown(last[1])} at {self.along} {last[0]:,g}; "
+                    f"lowest {self.shown(low[1])} ({self.along} {low[0]:,g}), "
+                    f"highest {self.shown(high[1])} ({self.along} {high[0]:,g})"
                 )
             lines.append(line)
         if self.lost:
@@ -112,3 +121,9 @@ class Plot:
 
 
 Block = Heading | Text | Listing | Table | Code | Sample | Plot
+
+
+def cut(text: str) -> str:
+    """A text of a row, not too long of it."""
+    text = text.strip()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text) - _SHOWN:,} more characters)"

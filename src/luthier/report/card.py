@@ -10,7 +10,7 @@ from typing import Any
 from luthier.models.catalogue import CATALOGUE
 from luthier.report.blocks import Block, Code, Heading, Listing, Table, Text
 from luthier.report.content import trained
-from luthier.report.evaluated import against_first, all_scores
+from luthier.report.score_parts import against_first, all_scores
 from luthier.report.evaluation_files import Evaluation
 from luthier.report.gather import Report
 from luthier.report.markdown import render_markdown

@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from luthier.report.blocks import Block, Code, Heading, Listing, Plot, Series, Table, Text
-from luthier.report.evaluated import evaluation_blocks, harm_blocks, sample_blocks
 from luthier.report.evaluation_files import finite
 from luthier.report.gather import Report
+from luthier.report.harm_parts import harm_blocks
+from luthier.report.judge_parts import judge_verdict, prompt_blocks
+from luthier.report.score_parts import evaluation_blocks, sample_blocks
 from luthier.report.verdict import harmed, helped
 
 _COUNTS = ("rows_in", "kept", "refused", "set_aside", "augmented", "repeated", "tokens", "trained_tokens")
@@ -29,6 +31,7 @@ def content(report: Report) -> list[Block]:
         *_preflight(report),
         *_use(report),
         *_environment(report),
+        *prompt_blocks(report),
         *_settings(report),
     ]
 
@@ -44,6 +47,8 @@ def _headline(report: Report) -> Iterator[Block]:
         )
     verdict = helped(report)
     yield Text(f"{verdict.text} {verdict.hint}".strip(), _mood(verdict.kind), "Did it help?")
+    if (judged := judge_verdict(report.comparison)) is not None:
+        yield judged
     cost = harmed(report)
     yield Text(f"{cost.text} {cost.hint}".strip(), _mood(cost.kind), "Did it harm?")
     yield Text(trained(report), "", "What was trained?")

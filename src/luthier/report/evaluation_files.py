@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from luthier.evaluation.judged import Judging
 from luthier.evaluation.measures import shown
 
 Change = Mapping[str, float | None]
@@ -64,6 +65,8 @@ class Example:
     said: dict[str, str]
     cut: frozenset[str] = frozenset()
     """Models whose answer was cut at the limit."""
+    judged: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What a judge said of each model beside the first: ``outcome``, ``choices``, ``replies`` (or ``identical``)."""
 
 
 @dataclass(slots=True)
@@ -92,6 +95,10 @@ class Evaluation:
     confusion: list[list[int]] = field(default_factory=list)
     """Of the tuned model: ``[right][given]``"""
     hidden_tokens: int = 0
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """Of the tuned model, what :meth:`~luthier.evaluation.calibration.Calibration.to_json` gave."""
+    judging: Judging | None = None
+    """What a judge has said; None: nobody was asked."""
 
     @property
     def tuned(self) -> str:
@@ -105,6 +112,36 @@ class Evaluation:
 
     def __getitem__(self, name: str) -> Line:
         return next(line for line in self.lines if line.name == name)
+
+    def judge_line(self, *models: str) -> list[Line]:
+        """The judge's line of a table of these models beside the first: share of rows won, ties as half."""
+        judged = {} if self.judging is None else self.judging.models
+        rates = {m: judged[m].win_rate for m in models if m in judged}
+        found = {m: rate for m, rate in rates.items() if rate is not None}
+        if not found:
+            return []
+        values: dict[str, float | None] = dict.fromkeys(self.models) | {m: rate.value for m, rate in found.items()}
+        if len(models) == 1:
+            values[self.models[0]] = 1 - found[models[0]].value
+        changes = {m: change for m in found if (change := judged[m].change) is not None}
+        return [
+            Line(
+                "judge",
+                "judge",
+                "higher",
+                True,
+                3,
+                values,
+                {m: (rate.low, rate.high) for m, rate in found.items()},
+                {m: asdict(change) for m, change in changes.items()},
+            )
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For JSON; of the judge, what it said of the rows that are shown."""
+        told = asdict(replace(self, judging=None))
+        del told["judging"]
+        return told | ({} if self.judging is None else {"judge": self.judging.to_json()})
 
 
 def read_evaluation(name: str, content: Mapping[str, Any]) -> Evaluation | None:
@@ -169,6 +206,7 @@ def _answers(name: str, content: Mapping[str, Any]) -> Evaluation:
             row["references"][0],
             {m: answers[m]["text"] for m in models},
             frozenset(m for m in models if not answers[m]["stopped"]),
+            {m: answers[m]["judge"] for m in models if "judge" in answers[m]},
         )
 
     found = Evaluation(
@@ -184,6 +222,7 @@ def _answers(name: str, content: Mapping[str, Any]) -> Evaluation:
         dict(content["signatures"]),
         _decoding(content.get("decoding", {})),
     )
+    found.judging = Judging.from_json(content["judge"], rows) if "judge" in content else None
     found.examples = _chosen(content["samples"], *apart[found.tuned], example)
     return found
 
@@ -212,9 +251,11 @@ def _classes(name: str, content: Mapping[str, Any]) -> Evaluation:
     better, worse = _apart(rows, models[0], found.tuned, lambda row, m: row["given"][m] == row["right"])
     found.moved[found.tuned] = (len(better), len(worse))
     found.examples = _chosen(content.get("samples", []), better, worse, example)
+    found.lines = [line for line in found.lines if line.name != "nll"]  # which is the loss
     found.by_class = content["models"][found.tuned]["by_class"]
     found.classes = list(content["classes"])
     found.confusion = content["confusion"].get(found.tuned, [])
+    found.calibration = content["models"][found.tuned].get("calibration", {})
     return found
 
 

@@ -81,6 +81,8 @@ class Report:
 
     def _take(self, file: Path) -> None:
         content = _json(file)
+        if "judge" in content:
+            content["judge"] = without_secrets(content["judge"])  # its address may hold one
         try:
             if "checks" in content:
                 self.harm = content
@@ -162,7 +164,7 @@ class Report:
             "recipe": self.recipe,
             "training": {"steps": self.steps, "validations": self.validations},
             "rejects": self.rejects,
-            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "evaluations": [evaluation.to_json() for evaluation in self.evaluations],
             "harm": self.harm,
             "unread": self.unread,
         }

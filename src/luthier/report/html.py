@@ -25,6 +25,7 @@ table.words th[scope=row] { vertical-align: top; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: .6rem; margin: .4rem 0; }
 section.sample { border: 1px solid var(--line); padding: 0 1rem .6rem; margin: 1rem 0; }
 .said { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .2rem 1rem; }
+.judged { margin: .6rem 0 0; font-size: .9rem; overflow-wrap: anywhere; } summary { cursor: pointer; }
 .said h4, section.sample h4 { margin: .6rem 0 0; font-size: .85rem; color: var(--dim); }
 ins { color: var(--error); text-decoration: underline; } del { color: var(--good); text-decoration: line-through; }
 svg .curve, svg .dot { stroke-width: 1.5; } svg .c1 { stroke: var(--warning); } svg .c2 { stroke: var(--good); }
@@ -70,8 +71,7 @@ def _block(block: Block, number: int) -> str:
         case blocks.Sample():
             return _sample(block)
         case blocks.Plot():
-            notes = "".join(f'<p class="dim">{text(note)}</p>' for note in block.notes)
-            return f"<figure>{chart(block, number)}<figcaption>{text(block.title)}</figcaption>{notes}</figure>"
+            return f"<figure>{chart(block, number)}<figcaption>{text(block.title)}</figcaption></figure>"
 
 
 def _class(mood: str) -> str:
@@ -104,8 +104,15 @@ def _sample(sample: blocks.Sample) -> str:
     return (
         f'<section class="sample"><h4>{text(sample.title)}</h4><pre>{text(sample.asked)}</pre>'
         f"<h4>right answer</h4><pre>{text(sample.right)}</pre>"
-        f'<div class="said">{said}</div></section>'
+        f'<div class="said">{said}</div>{"".join(_judged(*one) for one in sample.judged)}</section>'
     )
+
+
+def _judged(told: str, replies: Sequence[tuple[str, str]]) -> str:
+    if not replies:
+        return f'<p class="judged">{text(told)}</p>'
+    shown = "".join(f"<div><h4>{text(order)}</h4><pre>{text(reply)}</pre></div>" for order, reply in replies)
+    return f'<details class="judged"><summary>{text(told)}</summary><div class="said">{shown}</div></details>'
 
 
 _MARKS = {"same": "{}", "added": "<ins>{}</ins>", "missing": "<del>{}</del>"}

@@ -53,8 +53,7 @@ def render_block(block: Block) -> str:
         case blocks.Sample():
             return _sample(block)
         case blocks.Plot():
-            lines = [*block.told(), *block.notes]
-            return "\n".join([f"**{inline(block.title)}**", "", *(f"- {inline(line)}" for line in lines)])
+            return "\n".join([f"**{inline(block.title)}**", "", *(f"- {inline(line)}" for line in block.told())])
 
 
 def _table(table: blocks.Table) -> str:
@@ -70,4 +69,8 @@ def _sample(sample: blocks.Sample) -> str:
     for name, said, note in sample.said:
         marked = "".join(_MARKS[kind].format(part) for kind, part in said) or "(empty)"
         parts += [f"{inline(name)}{f' {inline(note)}' if note else ''}", fenced(marked)]
+    for told, replies in sample.judged:
+        parts.append(inline(told))
+        for order, reply in replies:
+            parts += [inline(order), fenced(reply)]
     return "\n\n".join(parts)

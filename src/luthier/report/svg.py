@@ -22,8 +22,10 @@ def chart(plot: Plot, number: int) -> str:
         plot: has at least one point.
         number: of the plot in its page, for the ids.
     """
-    xs = [x for one in plot.series for x, _ in one.points]
-    ys = [y for one in plot.series for _, y in one.points]
+    guides = [Series(plot.diagonal, [(0.0, 0.0), (1.0, 1.0)])] if plot.diagonal else []
+    lines = [*plot.series, *guides]
+    xs = [x for one in lines for x, _ in one.points]
+    ys = [y for one in lines for _, y in one.points]
     ticks = nice_ticks(min(ys), max(ys))
     low, high = min(ticks[0], min(ys)), max(ticks[-1], max(ys))
     left, right = min(xs), max(xs)
@@ -44,18 +46,20 @@ def chart(plot: Plot, number: int) -> str:
             f'<text class="dim" x="{_LEFT - 8}" y="{down(tick) + 4:.1f}" text-anchor="end">{text(_short(tick))}</text>'
         )
     for tick in nice_ticks(left, right, 6):
-        if left <= tick <= right and tick == int(tick):
-            x = f"{across(tick):.1f}"
-            parts.append(f'<text class="dim" x="{x}" y="{_BASE + 18}" text-anchor="middle">{int(tick):,}</text>')
-    parts.append(f'<text class="dim" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">step</text>')
+        if left <= tick <= right and (guides or tick == int(tick)):
+            x, shown = f"{across(tick):.1f}", f"{tick:g}" if guides else f"{int(tick):,}"
+            parts.append(f'<text class="dim" x="{x}" y="{_BASE + 18}" text-anchor="middle">{shown}</text>')
+    parts.append(
+        f'<text class="dim" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{text(plot.along)}</text>'
+    )
     begin = _LEFT
-    for place, one in enumerate(plot.series):
+    for place, one in enumerate(lines):
         name = one.name if len(one.name) <= _NAME else f"{one.name[: _NAME - 1]}…"
         kind = f"curve c{place % 3}"
         points = [f"{across(x):.1f},{down(y):.1f}" for x, y in thinned(one).points]
         if len(points) > 1:
             parts.append(f'<polyline class="{kind}" points="{" ".join(points)}"/>')
-        if len(points) <= 40:
+        if len(points) <= 40 and one not in guides:
             at = (point.split(",") for point in points)
             parts += [f'<circle class="dot c{place % 3}" cx="{x}" cy="{y}" r="3"/>' for x, y in at]
         parts.append(f'<path class="{kind}" d="M{begin} 10h24"/><text x="{begin + 30}" y="14">{text(name)}</text>')

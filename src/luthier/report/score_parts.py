@@ -1,18 +1,16 @@
-"""The parts of a report that show evaluations: tables with intervals, rows side by side, and harm."""
+"""The parts of a report that show evaluations: tables with intervals, and rows side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from luthier.evaluation.differences import differences
-from luthier.evaluation.measures import shown
-from luthier.report.blocks import Block, Cell, Heading, Listing, Sample, Table, Text
+from luthier.report.blocks import Block, Cell, Listing, Sample, Table, Text, cut
+from luthier.report.calibration_parts import calibration_blocks
 from luthier.report.evaluation_files import Evaluation, Example, Line
-from luthier.report.gather import Report
+from luthier.report.judge_parts import judge_blocks, said_of_row
 from luthier.report.verdict import shown_p
 
-_SHOWN = 1200
-"""Characters of a text."""
 _CLASSES = 25
 """Of more classes, those that are confused most often are listed in the place of the matrix."""
 
@@ -33,6 +31,8 @@ def evaluation_blocks(found: Evaluation) -> Iterator[Block]:
         yield _by_class(found)
     if found.confusion:
         yield _confusion(found)
+    yield from calibration_blocks(found)
+    yield from judge_blocks(found)
     if found.notes:
         yield Listing(found.notes, "warning")
     told = [f"answers: {found.decoding}"] if found.decoding else []
@@ -46,7 +46,8 @@ def evaluation_blocks(found: Evaluation) -> Iterator[Block]:
 
 def all_scores(found: Evaluation) -> Table:
     """Every model's values with their intervals."""
-    rows = [[line.label, *(with_interval(line, model) for model in found.models)] for line in found.lines]
+    lines = [*found.lines, *found.judge_line(*found.models[1:])]
+    rows = [[line.label, *(with_interval(line, model) for model in found.models)] for line in lines]
     return Table("Scores, with 95% intervals", ["", *found.models], rows)
 
 
@@ -60,7 +61,7 @@ def against_first(found: Evaluation, model: str) -> Table:
     """One model beside the first: values with intervals, the change with its interval, and rows won and lost."""
     first = found.models[0]
     rows: list[list[str | Cell]] = []
-    for line in found.lines:
+    for line in [*found.lines, *found.judge_line(model)]:
         row: list[str | Cell] = [line.label, with_interval(line, first), with_interval(line, model)]
         change = line.changes.get(model)
         if change is None:
@@ -123,65 +124,12 @@ def sample_blocks(found: Evaluation) -> Iterator[Block]:
 
 
 def _sample(example: Example, models: list[str]) -> Sample:
-    right = _cut(example.right)
+    right = cut(example.right)
     said = []
     for model in models:
-        text = _cut(example.said[model])
+        text = cut(example.said[model])
         parts = differences(text, right) if text.strip() else []
         note = "(cut at the limit)" if model in example.cut else ""
         said.append((model, parts, note))
-    return Sample(f"{example.why}: {example.where}", _cut(example.asked), right, said)
-
-
-def _cut(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text) - _SHOWN:,} more characters)"
-
-
-# --- harm ---
-
-
-def harm_blocks(report: Report) -> Iterator[Block]:
-    """What tuning has cost, where that was measured."""
-    if not report.harm:
-        return
-    yield Heading("What tuning has cost")
-    rows: list[list[str | Cell]] = []
-    for check in report.harm["checks"]:
-        how = {"share": False, "digits": 3} | check.get("measure", {})
-
-        def number(value: float | None, signed: bool = False, how: dict[str, object] = how) -> str:
-            if value is None:
-                return "–"
-            return shown(value, share=bool(how["share"]), digits=int(str(how["digits"])), signed=signed)
-
-        change = check["change"]
-        between = f"{number(change['low'], True)} … {number(change['high'], True)}"
-        rows.append(
-            [
-                check["label"],
-                f"{check['rows']:,}",
-                number(check["base"]["value"]),
-                number(check["tuned"]["value"]),
-                number(change["value"], True),
-                between,
-                shown_p(change["p"]),
-                Cell(check["verdict"], "bad" if check["harm"] else ""),
-            ]
-        )
-    yield Table("", ["", "rows", "base", "tuned", "change", "95% interval", "p", "verdict"], rows, words=True)
-    asked = [
-        f"{check['label']}: {_short(row['asked'])} → base {_short(row['base'])}, tuned {_short(row['tuned'])}"
-        for check in report.harm["checks"]
-        if check["harm"]
-        for row in check["examples"][:2]
-    ]
-    if asked:
-        yield Listing(asked, "dim")
-    if report.harm.get("notes"):
-        yield Listing(report.harm["notes"], "warning")
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else f"{line[:160]}…"
+    judged = [said_of_row(models[0], model, told) for model, told in example.judged.items()]
+    return Sample(f"{example.why}: {example.where}", cut(example.asked), right, said, judged)
