@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from card_code import code_of, said_by
 from conftest import FAMILIES, tiny
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from rich.console import Console
 from test_virtual_tokens import PowerCut, trained_a_little
@@ -25,7 +27,7 @@ from luthier.methods import method_of
 from luthier.methods.base import trainable_parameters
 from luthier.methods.mixed import MIXED_WITH_PREFIX
 from luthier.methods.saved import load_saved
-from luthier.models.loading import load_model
+from luthier.models.loading import load_model, load_tokenizer
 from luthier.models.virtual import VirtualTokens, own_logits
 from luthier.pipeline import run
 from luthier.recipe import Recipe
@@ -59,6 +61,23 @@ def finished(tmp_path_factory, terse_model_dir) -> Path:
     data = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
     run(recipe(folder / "run", terse_model_dir, data=data))
     return folder / "run"
+
+
+def test_its_card_stands_above_both_parts_and_loads_both(finished, terse_model_dir):
+    adapter = finished / "adapter"
+    assert [str(card.relative_to(adapter)) for card in sorted(adapter.rglob("README.md"))] == ["README.md"]
+    card = ModelCard.load(adapter / "README.md")
+    assert card.data.library_name == "peft" and card.data.tags == ["luthier", "mixed", "transformers"]
+    for file in ("lora/adapter_config.json", "prefix/adapter_config.json", "luthier_base.json"):
+        assert file in card.text and str(terse_model_dir) in (adapter / file).read_text()
+    assert str(terse_model_dir.parent) not in card.content
+    row = json.loads((finished / "evaluation" / "comparison.json").read_text())["rows"][0]
+    code = code_of(card).replace('"QUESTION"', repr(row["asked"]))
+    tokens = row["answers"]["tuned"]["token_ids"]
+    tokenizer = load_tokenizer(terse_model_dir)
+    right = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert said_by(code, base=terse_model_dir, adapter=adapter) == right + "\n"
+    assert right != tokenizer.decode(row["answers"]["base"]["token_ids"], skip_special_tokens=True)
 
 
 def test_it_trains_what_it_says_at_its_rates():

@@ -8,6 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from card_code import code_of, said_by
+from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from luthier.data.encode import EncodedExample
@@ -22,6 +24,7 @@ from luthier.methods.base import trainable_parameters
 from luthier.methods.mixed import MIXED_WITH_PREFIX
 from luthier.methods.saved import load_saved
 from luthier.models.fingerprint import identity
+from luthier.models.loading import load_tokenizer
 from luthier.models.virtual import VirtualTokens, own_logits
 from luthier.pipeline import run
 from luthier.recipe import Recipe
@@ -329,3 +332,9 @@ def test_a_run_from_end_to_end_and_resumed(name, tmp_path, terse_model_dir):
         ids = torch.arange(5, 15)[None]
         ours = own_logits(whole.model, ids)
         assert torch.equal(ours, own_logits(load_saved(tmp_path / "whole").model, ids))
+    # The card's code answers so too, without Luthier, for which PEFT's own generate will not do.
+    row = json.loads((tmp_path / "whole/evaluation/comparison.json").read_text())["rows"][0]
+    folder = tmp_path / "whole" / "adapter"
+    code = code_of(ModelCard.load(folder / "README.md")).replace('"QUESTION"', repr(row["asked"]))
+    right = load_tokenizer(folder).decode(row["answers"]["tuned"]["token_ids"], skip_special_tokens=True)
+    assert said_by(code, base=terse_model_dir, adapter=folder) == right + "\n"

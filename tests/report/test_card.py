@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
 
 import pytest
+import yaml
+from card_code import code_of, said_by
+from hostile import JUDGE
 from huggingface_hub import ModelCard
 
 from luthier.finished import merge_saved
 from luthier.report import Report, write_reports
 from luthier.report.card import hub_id, model_card
-
-
-def code_of(card: ModelCard) -> str:
-    return re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
-
-
-def said_by(code: str, **paths: object) -> str:
-    """What a card's code prints, with its folders filled in."""
-    for name, path in paths.items():
-        code = code.replace(f'"path/to/{name}"', repr(str(path)))
-    assert "path/to" not in code
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    return printed.getvalue()
+from luthier.report.markdown import inline
 
 
 @pytest.mark.parametrize("name", ["chat", "classes"])
@@ -90,6 +77,39 @@ def test_a_merged_model_has_its_own(chat, tmp_path):
     assert ModelCard.load(run / "adapter" / "README.md").data.library_name == "peft"
 
 
+def test_a_judges_numbers_are_on_it_and_nothing_else_of_it(judged, tmp_path):
+    (target,) = write_reports(judged, ["card"], tmp_path / "README.md")
+    card = ModelCard.load(target)
+    told = json.loads((judged / "evaluation" / "comparison.json").read_text())["judge"]["models"]["tuned"]
+    text = card.text.replace("\\", "")
+    for label, key in (("won", "wins"), ("lost", "losses"), ("left out: no reply", "failed")):
+        assert f"| {label} | {told[key]} |" in text
+    rate, low, high = told["win_rate"]
+    assert f"share won, ties as half | {rate:.1%} [{low:.1%} … {high:.1%}] |" in text
+    assert f"Judged by {inline(JUDGE.split('/')[-1])}, beside base" in card.text
+    # No address, no prompt, no reply, no folder; and no score of a judge's where the hub lists metrics.
+    for hidden in ("127.0.0.1", "hidden", "impartial", "alert(1)", "/models"):
+        assert hidden not in card.content
+    assert "judge" not in {result.metric_type for result in card.data.eval_results}
+
+
+def test_the_index_has_what_the_hub_wants(chat):
+    content = (chat / "adapter" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(content.split("---\n")[1])
+    (index,) = front["model-index"]
+    assert index["name"] == "run" and not {"license", "language", "base_model"} & set(front)
+    write_reports(chat, ["card"])
+    front = yaml.safe_load((chat / "adapter" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    (index,) = front["model-index"]
+    assert [result["dataset"]["name"] for result in index["results"]] == ["held-out test rows", "other"]
+    for result in index["results"]:
+        # No configuration of a data set is named: rows of files have none.
+        assert result["task"]["type"] == "text-generation" and result["dataset"]["type"] == "local-rows"
+        assert "config" not in result["dataset"]
+        for metric in result["metrics"]:
+            assert isinstance(metric["type"], str) and isinstance(metric["value"], float) and metric["name"]
+
+
 def test_what_is_known_is_said(chat, tmp_path):
     report = Report.of(chat)
     report.manifest["model"] = {"name": "smollm2"}
@@ -108,6 +128,7 @@ def test_what_is_known_is_said(chat, tmp_path):
     }
     code = code_of(card)
     compile(code, "card", "exec")
+    assert card.data.pipeline_tag == "translation" == card.data.eval_results[0].task_type
     assert "AutoModelForSeq2SeqLM" in code and "forced_bos_token_id" in code and "'to zh: TEXT'" in code
     for method, task, wanted in (("adapter", "causal_lm", "load_saved"), ("lora", "masked_lm", "mask_token_id")):
         report.manifest["method"], report.recipe["task"] = method, {"name": task}

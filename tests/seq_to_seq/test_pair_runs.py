@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from card_code import code_of, said_by
+from huggingface_hub import ModelCard
 from pair_cases import words_tokenizer
 from rich.console import Console
 
@@ -65,6 +67,19 @@ def logits_of(model, tokenizer, examples):
         with torch.no_grad():
             found.append(model(input_ids=ids, labels=labels).logits)
     return found
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "m2m", "t5-unscaled"])
+def test_the_code_of_its_card_answers_as_the_run_did(finished, pair_dirs, family):
+    result = finished[family]
+    folder = result.run_dir / ("model" if family == "bart" else "adapter")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == {"bart": "transformers", "t5-unscaled": "luthier"}.get(family, "peft")
+    question, answer = result.comparison.questions[0], result.comparison.models[1].answers[0]
+    code = code_of(card)
+    assert "'read: TEXT'" in code
+    code = code.replace("read: TEXT", question.prompt)
+    assert said_by(code, base=pair_dirs[family], adapter=folder, model=folder) == answer.text + "\n"
 
 
 def test_a_run_judges_base_and_tuned_and_its_loss_falls(finished):

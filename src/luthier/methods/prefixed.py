@@ -54,6 +54,8 @@ class PrefixedLora(PeftModelForCausalLM):
         self.lora.save_pretrained(matrices, state_dict=whole_state(self.lora))
         # Embeddings of added tokens lie with the matrices.
         super().save_pretrained(str(before), save_embedding_layers=False)
+        for part in (matrices, before):  # PEFT's card of half an adapter; that of both stands above
+            (part / "README.md").unlink(missing_ok=True)
 
     @property
     def lora(self) -> Any:

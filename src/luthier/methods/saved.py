@@ -81,7 +81,7 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedMo
         return _whole(text, dtype, text)
     base = _base_of_run(folder)
     folder = _tuned_weights(folder)
-    if not (_parts(folder)[0] / "adapter_config.json").is_file():
+    if not (parts_of(folder)[0] / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
             raise UserError(f"{text!r} holds no model and no adapter", where=text, remedy="name a run or model folder")
         return _whole(folder, dtype, base)
@@ -102,8 +102,9 @@ def _tuned_weights(folder: Path) -> Path:
     return inner
 
 
-def _parts(folder: Path) -> list[Path]:
-    """The folders of an adapter's weights: its own, or those in it that a mixture with a prefix has."""
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of an adapter's weights, in the order in which they go on the base: its own, or those in it that a
+    mixture with a prefix has."""
     *_, last = inner = [folder / part for part in PARTS]
     plain = (folder / "adapter_config.json").is_file()
     return inner if (last / "adapter_config.json").is_file() and not plain else [folder]
@@ -143,7 +144,7 @@ class AdapterFolder:
             raise UserError(f"there is no folder {str(path)!r}", remedy="name a run or adapter folder")
         folder = _tuned_weights(folder)
         try:
-            config = json.loads((_parts(folder)[0] / "adapter_config.json").read_text(encoding="utf-8"))
+            config = json.loads((parts_of(folder)[0] / "adapter_config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"{str(path)!r} holds no adapter", remedy="name the folder of a run that trained one"
@@ -153,7 +154,7 @@ class AdapterFolder:
                 f"adapter_config.json is no JSON: {error}", where=str(folder), remedy="save it again"
             ) from None
         weights = ("adapter_model.safetensors", "adapter_model.bin")
-        if not all(any((part / name).is_file() for name in weights) for part in _parts(folder)):
+        if not all(any((part / name).is_file() for name in weights) for part in parts_of(folder)):
             raise UserError(
                 "the adapter has no weights", where=str(folder), remedy="it was saved in part; save it again"
             )
@@ -162,7 +163,7 @@ class AdapterFolder:
     @property
     def parts(self) -> list[Path]:
         """The folders that PEFT has written, in the order in which they go on the base."""
-        return _parts(self.folder)
+        return parts_of(self.folder)
 
     @property
     def base_name(self) -> str:

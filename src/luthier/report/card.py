@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from luthier.methods.saved import parts_of
 from luthier.models.catalogue import CATALOGUE
 from luthier.report.blocks import Block, Code, Heading, Listing, Table, Text
 from luthier.report.content import trained
-from luthier.report.score_parts import against_first, all_scores
 from luthier.report.evaluation_files import Evaluation
-from luthier.report.gather import Report
+from luthier.report.gather import OWN, Report
+from luthier.report.judge_parts import judge_table, judge_verdict
 from luthier.report.markdown import render_markdown
+from luthier.report.score_parts import against_first, all_scores
 from luthier.report.snippets import snippet
 from luthier.report.verdict import harmed, helped
 
@@ -37,6 +40,9 @@ _PARAMETERS = (
     "warmup_ratio", "weight_decay", "max_grad_norm",
 )  # fmt: skip
 
+# Notes whose counts the judge's table has; their texts hold replies and addresses.
+_IN_TABLE = ("judge: of ", "judge: it gave up")
+
 
 def model_card(report: Report, folder: Path) -> str:
     """The card.
@@ -59,6 +65,11 @@ def _is_adapter(report: Report, folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() or (report.saved is not None and report.saved.name == "adapter")
 
 
+def _pipeline(report: Report) -> str:
+    task = report.recipe.get("task", {})
+    return "translation" if task.get("src_lang") and task.get("tgt_lang") else _PIPELINES[report.task]
+
+
 # --- the front matter ---
 
 
@@ -71,7 +82,7 @@ def _facts(report: Report, adapter: bool) -> Any:
     return ModelCardData(
         base_model=base,
         library_name="peft" if peft else "luthier" if adapter else "transformers",
-        pipeline_tag=_PIPELINES[report.task],
+        pipeline_tag=_pipeline(report),
         tags=["luthier", report.method.replace("_", "-"), *(["transformers"] if peft else [])],
         datasets=_datasets(report) or None,
         language=_languages(report) or None,
@@ -84,15 +95,16 @@ def _results(report: Report, found: Evaluation) -> Iterator[Any]:
     """The tuned model's scores, of those of which more or less is better."""
     from huggingface_hub import EvalResult
 
-    hub = _datasets(report) if found.name == "comparison" and not report.recipe.get("data", {}).get("test") else []
+    hub = _datasets(report) if found.name == OWN and not report.recipe.get("data", {}).get("test") else []
     for line in found.lines:
         value = line.values[found.tuned]
         if value is not None and line.better is not None:
             yield EvalResult(
-                task_type=_PIPELINES[report.task],
+                task_type=_pipeline(report),
                 dataset_type=hub[0] if len(hub) == 1 else "local-rows",
                 dataset_name=report.part_of(found),
-                dataset_config=found.name,
+                # Else the hub's library takes all that has one type for scores of the same rows.
+                dataset_split=None if found.name == OWN else found.name,
                 metric_type=line.name,
                 metric_name=line.label,
                 metric_value=value,
@@ -127,6 +139,8 @@ def _body(report: Report, adapter: bool) -> Iterator[Block]:
     yield Text(_own(trained(report), report), "", "What was trained:")
     verdict, cost = helped(report), harmed(report)
     yield Text(_own(verdict.text, report), "", "Did tuning help?")
+    if (judged := judge_verdict(report.comparison)) is not None:
+        yield Text(_own(judged.text, report), "", judged.lead)
     yield Text(_own(cost.text, report), "", "Did it harm?")
     yield Heading("How to use it")
     yield Code(snippet(report, adapter=adapter, base=None if report.base in CATALOGUE else base), "python")
@@ -162,10 +176,19 @@ def _base_notes(report: Report, adapter: bool) -> Iterator[Block]:
             "answers can differ slightly."
         )
     if hub_id(report.base) is None or report.base in CATALOGUE:
+        files = [f"{part}adapter_config.json" for part in _parts(report)]
+        if report.base not in CATALOGUE:
+            files.append("luthier_base.json")
         yield Text(
-            "adapter_config.json names the base by the folder it had in training: put the base's id there before you "
-            "publish this."
+            f"The folder that the base had in training stands in {' and '.join(files)}: put the base's id there before "
+            "you publish this."
         )
+
+
+def _parts(report: Report) -> list[str]:
+    """Where in an adapter's folder its parts lie: ``lora/`` and ``prefix/`` of a mixture with a prefix, else itself."""
+    parts = [] if report.saved is None else parts_of(report.saved)
+    return [f"{part.name}/" for part in parts] if len(parts) > 1 else [""]
 
 
 def _use(report: Report) -> str:
@@ -211,6 +234,8 @@ def _evaluation(report: Report) -> Iterator[Block]:
             f"{report.part_of(found)}: {found.rows:,} rows" + (f"; answers: {found.decoding}" if found.decoding else "")
         )
         yield all_scores(found) if found.base is None else against_first(found, found.tuned)
+        for table in judge_table(found):
+            yield replace(table, title=_own(table.title, report))
         if found.signatures:
             yield Listing([f"{name}: {signature}" for name, signature in found.signatures.items()])
 
@@ -221,7 +246,7 @@ def _limits(report: Report) -> Iterator[str]:
         better, worse = found.moved.get(found.tuned, (0, 0))
         if worse:
             yield f"{report.part_of(found)}: {worse:,} rows got worse, beside {better:,} that improved."
-        yield from found.notes
+        yield from (note for note in found.notes if not note.startswith(_IN_TABLE))
     if report.harm:
         for check in report.harm["checks"]:
             if check["harm"]:

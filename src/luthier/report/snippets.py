@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 from luthier.data.examples import TaskType
+from luthier.methods.saved import parts_of
 from luthier.models.heads import Head
 from luthier.report.gather import Report
 
@@ -43,7 +44,7 @@ def snippet(report: Report, *, adapter: bool, base: str | None) -> str:
             "tokenizer = AutoTokenizer.from_pretrained(adapter)",
             f"model = {loader}.from_pretrained(base{_classes(report)})",
             *_more_rows(report),
-            "model = PeftModel.from_pretrained(model, adapter).eval()",
+            *_put_on(report),
         ]
     else:
         lines = [
@@ -55,6 +56,14 @@ def snippet(report: Report, *, adapter: bool, base: str | None) -> str:
             f"model = {loader}.from_pretrained(folder).eval()",
         ]
     return "\n".join([*lines, "", *_USES[task](report)])
+
+
+def _put_on(report: Report) -> list[str]:
+    parts = [] if report.saved is None else parts_of(report.saved)
+    if len(parts) < 2:
+        return ["model = PeftModel.from_pretrained(model, adapter).eval()"]
+    lines = [f'model = PeftModel.from_pretrained(model, adapter, subfolder="{part.name}")' for part in parts]
+    return [*lines, "model = model.eval()  # both parts belong to it"]
 
 
 def _classes(report: Report) -> str:
@@ -88,12 +97,29 @@ def _ask(report: Report) -> list[str]:
             "inputs = tokenizer.apply_chat_template(\n"
             '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)'
         )
+    if report.recipe.get("method", {}).get("num_virtual_tokens"):
+        return [*turns, inputs, *_step_by_step(report)]
     return [
         *turns,
         inputs,
         "with torch.no_grad():",
         f"    output = model.generate(**inputs, max_new_tokens={_most(report)}, do_sample=False)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _step_by_step(report: Report) -> list[str]:
+    """Greedy answers by ``forward``: see :mod:`luthier.models.virtual` on what PEFT's ``generate`` does."""
+    return [
+        'ids, begin = inputs["input_ids"], inputs["input_ids"].shape[1]',
+        "stops = model.generation_config.eos_token_id",
+        "stops = [tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]",
+        "with torch.no_grad():  # PEFT 0.21's own generate does not put virtual tokens where they belong",
+        f"    for _ in range({_most(report)}):",
+        "        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)",
+        "        if ids[0, -1].item() in stops:",
+        "            break",
+        "print(tokenizer.decode(ids[0, begin:], skip_special_tokens=True))",
     ]
 
 
