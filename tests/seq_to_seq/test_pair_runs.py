@@ -78,6 +78,8 @@ def test_the_code_of_its_card_answers_as_the_run_did(finished, pair_dirs, family
     question, answer = result.comparison.questions[0], result.comparison.models[1].answers[0]
     code = code_of(card)
     assert "'read: TEXT'" in code
+    report = (result.run_dir / "report.md").read_text()
+    assert "models write targets for sources" in report and "chat template" not in report
     code = code.replace("read: TEXT", question.prompt)
     assert said_by(code, base=pair_dirs[family], adapter=folder, model=folder) == answer.text + "\n"
 

@@ -14,6 +14,7 @@ from luthier.report.gather import Report
 from luthier.report.harm_parts import harm_blocks
 from luthier.report.judge_parts import judge_verdict, prompt_blocks
 from luthier.report.score_parts import evaluation_blocks, sample_blocks
+from luthier.report.snippets import NO_TEMPLATE
 from luthier.report.verdict import harmed, helped
 
 _COUNTS = ("rows_in", "kept", "refused", "set_aside", "augmented", "repeated", "tokens", "trained_tokens")
@@ -238,6 +239,7 @@ def _use(report: Report) -> Iterator[Block]:
 def _environment(report: Report) -> Iterator[Block]:
     yield Heading("Environment")
     manifest, env = report.manifest, report.manifest.get("environment", {})
+    template = manifest.get("chat_template_sha256")
     done = report.training
     peak = finite(done.get("peak_memory_bytes"))
     seconds = finite(done.get("seconds")) or 0.0
@@ -258,7 +260,7 @@ def _environment(report: Report) -> Iterator[Block]:
         **env.get("versions", {}),
         "base model": report.base,
         "base model, fingerprint": manifest.get("model", {}).get("fingerprint"),
-        "chat template, SHA-256": manifest.get("chat_template_sha256"),
+        "chat template, SHA-256": None if template == NO_TEMPLATE else template,
     }
     rows = [[name, str(value)] for name, value in facts.items() if value is not None]
     yield Table("", ["what", "value"], rows, words=True)

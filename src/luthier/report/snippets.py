@@ -10,7 +10,7 @@ from luthier.methods.saved import parts_of
 from luthier.models.heads import Head
 from luthier.report.gather import Report
 
-_NO_TEMPLATE = sha256(b"None").hexdigest()
+NO_TEMPLATE = sha256(b"None").hexdigest()
 """Of a tokenizer without a chat template (see the manifest's chat_template_sha256)."""
 
 
@@ -86,7 +86,7 @@ def _most(report: Report) -> int:
 
 
 def _ask(report: Report) -> list[str]:
-    if report.manifest.get("chat_template_sha256") == _NO_TEMPLATE:
+    if report.manifest.get("chat_template_sha256") == NO_TEMPLATE:
         inputs = 'inputs = tokenizer("TEXT", return_tensors="pt", return_token_type_ids=False)'
         turns: list[str] = []
     else:

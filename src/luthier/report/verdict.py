@@ -84,4 +84,5 @@ def harmed(report: Report) -> Verdict:
     if report.task in ("causal_lm", "instruction"):
         hint = f"luthier evaluate {report.folder} --harm measures it." if report.finished else ""
         return Verdict("open", "It was not measured.", hint)
-    return Verdict("open", f"It is not measured of task {report.task}, whose models answer no prompts.")
+    what = "write targets for sources" if report.task == "seq_to_seq" else "answer no prompts"
+    return Verdict("open", f"It is not measured of task {report.task}, whose models {what}; the checks ask prompts.")
