@@ -81,8 +81,8 @@ class Report:
 
     def _take(self, file: Path) -> None:
         content = _json(file)
-        if "judge" in content:
-            content["judge"] = without_secrets(content["judge"])  # its address may hold one
+        # An address may hold one.
+        content |= {key: without_secrets(content[key]) for key in ("judge", "notes") if key in content}
         try:
             if "checks" in content:
                 self.harm = content
