@@ -32,7 +32,8 @@ svg .curve, svg .dot { stroke-width: 1.5; } svg .c1 { stroke: var(--warning); } 
 svg .curve.c1 { stroke-dasharray: 6 3; } svg .curve.c2 { stroke-dasharray: 2 3; }
 svg .dot { fill: var(--paper); stroke: var(--bar); }
 svg .dot.c1 { stroke: var(--warning); } svg .dot.c2 { stroke: var(--good); }
-@media print { details::details-content { content-visibility: visible; block-size: auto; } nav { display: none; } body { max-width: none; margin: 0; } h2, h3, caption { break-after: avoid; }
+@media print { details::details-content { content-visibility: visible; block-size: auto; }
+  nav { display: none; } body { max-width: none; margin: 0; } h2, h3, caption { break-after: avoid; }
   svg, tr, section.sample { break-inside: avoid; } }
 """
 
