@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from luthier import Classifier, FullFineTuner, LoRATuner, TaskType, TrainingExample
-from luthier.cli.commands import classify
+from luthier.cli.evaluation import classify
 from luthier.data.classes import ClassEncoder, ClassNames
 from luthier.data.dataset import prepare
 from luthier.data.encoded import cache_key

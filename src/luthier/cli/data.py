@@ -71,9 +71,9 @@ def _subject(
 
 
 def _print(*shown: Any) -> None:
-    from luthier.cli.commands import _console
+    from luthier.cli.common import open_console
 
-    _console().print(*shown, highlight=False, soft_wrap=False)
+    open_console().print(*shown, highlight=False, soft_wrap=False)
 
 
 def _print_json(value: Any) -> None:

@@ -1,0 +1,91 @@
+"""The verbs for what becomes of a tuned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli import app
+from luthier.cli.common import RunPath, open_console
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A run, adapter or model folder, or an embedded name.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with base and tuned model, one by one.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a tuned model. /reset forgets, /system TEXT sets the system message, /exit leaves."""
+    from luthier.deployment.chat import chat as talk
+
+    talk(
+        str(model),
+        system=system,
+        compare=compare,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        console=open_console(),
+    )
+
+
+@app.command()
+def merge(
+    run: RunPath,
+    output: Annotated[Path | None, typer.Argument(help="Folder of the merged model; RUN/merged by default.")] = None,
+) -> None:
+    """Merge a run's adapter into its base, behind the parity gate: one plain model folder."""
+    from luthier.deployment.parity import render_parity
+    from luthier.finished import merge_saved
+
+    console = open_console()
+    target, report = merge_saved(run, output)
+    console.print(render_parity(report))
+    console.print(f"merged into {target}", highlight=False)
+
+
+@app.command()
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Run or adapter folders, two or more.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="One for each, as in 0.7,0.3; below 0 takes away.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.", show_default=False)],
+    method: Annotated[
+        str, typer.Option(help="linear (sum of updates), ties (mean of those that agree), dare_linear or dare_ties.")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Share of each update that stays, but with linear; 0.5 by default.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of the new adapter; by default the sum of the parts', with --merge all that it takes."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what DARE drops; 0 by default.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write one plain model in place of an adapter.")] = False,
+) -> None:
+    """Combine several adapters of one base into one, behind the parity gate: an adapter folder, or a whole model."""
+    from luthier.deployment.parity import render_parity
+    from luthier.errors import UserError
+    from luthier.finished import combine_saved, render_combined
+
+    try:
+        shares = [float(share) for share in weights.split(",")]
+    except ValueError:
+        raise UserError(
+            f"weights {weights!r} are no numbers", where="--weights", remedy="write them as in 0.7,0.3"
+        ) from None
+    console = open_console()
+    result = combine_saved(
+        runs,
+        shares,
+        output,
+        combination=method,  # type: ignore[arg-type]  # an unknown one is refused by its name
+        density=density,
+        rank=rank,
+        seed=seed,
+        merge=merge,
+    )
+    console.print(render_combined(result, [str(run) for run in runs]), render_parity(result.parity))
+    console.print(f"{'merged' if merge else 'combined'} into {output}", highlight=False)
