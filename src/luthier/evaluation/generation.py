@@ -188,7 +188,12 @@ def _batches(
 
 
 def _chosen(
-    model: Any, prompts: list[list[int]], limits: list[int], stops: list[int], decoding: Decoding, end: Until
+    model: Any,
+    prompts: list[list[int]],
+    limits: list[int],
+    stops: list[int],
+    decoding: Decoding,
+    end: Until | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt. Rows leave the batch, and their keys and values the cache, once finished."""
     from luthier.evaluation.growing import grow
@@ -229,7 +234,7 @@ def _chosen(
         going = [
             i
             for i, row in enumerate(alive)
-            if new[row][-1] not in stops and len(new[row]) < limits[row] and not end.reached(new[row])
+            if new[row][-1] not in stops and len(new[row]) < limits[row] and not (end and end.reached(new[row]))
         ]
         if not going:
             return new
