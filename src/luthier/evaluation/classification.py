@@ -15,7 +15,7 @@ import torch
 from luthier.data.classes import ClassNames
 from luthier.data.encode import EncodedExample
 from luthier.evaluation.calibration import Calibration, calibration
-from luthier.evaluation.measures import Measure, changes_json, how_sure, intervals_json
+from luthier.evaluation.measures import Measure, how_sure, result_json
 from luthier.evaluation.state import by_length, measuring
 from luthier.evaluation.statistics import Change, Interval, column, mean_value
 from luthier.training.class_loss import ClassLoss
@@ -83,14 +83,9 @@ class ClassComparison:
             rows.append({"where": self.places[i], "text": text, "right": names[self.right[i]].tolist(), "given": given})
         models = {}
         for model in self.models:
-            models[model.name] = {
-                "metrics": model.metrics,
-                "intervals": intervals_json(model.intervals),
-                "changes": changes_json(model.changes),
-                "by_class": model.by_class,
-                **({} if model.calibration is None else {"calibration": model.calibration.to_json()}),
-                "seconds": round(model.seconds, 3),
-            }
+            sure = {} if model.calibration is None else {"calibration": model.calibration.to_json()}
+            found = result_json(model.metrics, model.intervals, model.changes, model.seconds)
+            models[model.name] = found | {"by_class": model.by_class} | sure
         return {
             "models": models,
             "measures": self._measures(),

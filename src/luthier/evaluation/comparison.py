@@ -18,7 +18,7 @@ from luthier.evaluation.contestants import Contestant, LocalModel, Models
 from luthier.evaluation.generation import Answer
 from luthier.evaluation.judge import Judge, judge_models
 from luthier.evaluation.judged import Judging
-from luthier.evaluation.measures import Measure, changes_json, finite, how_sure, intervals_json
+from luthier.evaluation.measures import Measure, finite, how_sure, result_json
 from luthier.evaluation.metrics.functions import RowFunction
 from luthier.evaluation.question import Question, ask, ask_source
 from luthier.evaluation.statistics import Change, Interval
@@ -112,14 +112,9 @@ class Comparison:
             rows.append(asdict(question) | {"answers": answers})
         models = {}
         for model in self.models:
-            found: dict[str, Any] = {
-                "metrics": _finite(model.metrics),
-                "intervals": intervals_json(model.intervals),
-                "seconds": round(model.seconds, 3),
-                "kept_answers": model.kept,
-            }
+            found = result_json(model.metrics, model.intervals, model.changes, model.seconds)
+            found["kept_answers"] = model.kept
             if model is not self.models[0]:
-                found["changes"] = changes_json(model.changes)
                 found |= {"improved": self.improved(model), "worsened": self.worsened(model)}
             models[model.name] = found
         return {
@@ -138,10 +133,6 @@ class Comparison:
         """What the judge said of one row, where it was asked."""
         judged = None if self.judging is None else self.judging.models.get(model.name)
         return {} if judged is None or row >= len(judged.verdicts) else {"judge": judged.verdicts[row].to_json()}
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: finite(value) for name, value in values.items()}
 
 
 def _row_scores(model: ModelResult, row: int) -> dict[str, float | None]:

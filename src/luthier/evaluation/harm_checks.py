@@ -16,7 +16,7 @@ from luthier.data.examples import TrainingExample
 from luthier.evaluation import measures, memorisation
 from luthier.evaluation.drift import drift, expected_language, language_of
 from luthier.evaluation.generation import Answer
-from luthier.evaluation.measures import Measure
+from luthier.evaluation.measures import Measure, changed
 from luthier.evaluation.metrics import metric_of
 from luthier.evaluation.metrics.words import words
 from luthier.evaluation.question import Question
@@ -100,15 +100,7 @@ def _check(name: str, label: str, before: Measure, after: Measure, seed: int) ->
         after,
         interval(before.value, before.statistics, resampling, binary=before.binary),
         interval(after.value, after.statistics, resampling, binary=after.binary),
-        change(
-            after.value,
-            before.statistics,
-            after.statistics,
-            (before.rows, after.rows),
-            resampling,
-            better=after.better,
-            binary=after.binary,
-        ),
+        changed(before, after, resampling),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from luthier.data.encode import EncodedExample
 from luthier.data.masked import Masking
-from luthier.evaluation.measures import Measure, changes_json, how_sure, intervals_json
+from luthier.evaluation.measures import Measure, how_sure, result_json
 from luthier.evaluation.state import by_length, measuring
 from luthier.evaluation.statistics import Change, Interval, Value
 from luthier.models.heads import fresh_modules
@@ -69,16 +69,8 @@ class MaskedComparison:
         for i, text in enumerate(self.read):
             given = {m.name: self.given[m.name][i] for m in self.models}
             rows.append({"where": self.places[i], "read": text, "right": self.right[i], "given": given})
-        models = {}
-        for model in self.models:
-            models[model.name] = {
-                "metrics": model.metrics,
-                "intervals": intervals_json(model.intervals),
-                "changes": changes_json(model.changes),
-                "seconds": round(model.seconds, 3),
-            }
         return {
-            "models": models,
+            "models": {m.name: result_json(m.metrics, m.intervals, m.changes, m.seconds) for m in self.models},
             "measures": {name: measure.describe() for name, measure in self.models[0].measures.items()},
             "hidden_tokens": self.hidden,
             "notes": self.notes,

@@ -64,26 +64,35 @@ def how_sure(
         intervals[name] = interval(measure.value, measure.statistics, resampling, binary=measure.binary)
         other = None if before is None else before.get(name)
         if other is not None and len(other.rows) == len(measure.rows):
-            changes[name] = change(
-                measure.value,
-                other.statistics,
-                measure.statistics,
-                (other.rows, measure.rows),
-                resampling,
-                better=measure.better,
-                binary=measure.binary,
-            )
+            changes[name] = changed(other, measure, resampling)
     return intervals, changes
 
 
-def intervals_json(intervals: Mapping[str, Interval]) -> dict[str, list[float | None]]:
-    """Intervals as what ``json.dumps`` takes."""
-    return {name: [finite(found.low), finite(found.high)] for name, found in intervals.items()}
+def changed(before: Measure, after: Measure, resampling: Resampling) -> Change:
+    """What one model's measure is beside another's of the same rows."""
+    return change(
+        after.value,
+        before.statistics,
+        after.statistics,
+        (before.rows, after.rows),
+        resampling,
+        better=after.better,
+        binary=after.binary,
+    )
 
 
-def changes_json(changes: Mapping[str, Change]) -> dict[str, dict[str, float | None]]:
-    """Changes as what ``json.dumps`` takes."""
-    return {name: {key: finite(value) for key, value in asdict(found).items()} for name, found in changes.items()}
+def result_json(
+    metrics: Mapping[str, float], intervals: Mapping[str, Interval], changes: Mapping[str, Change], seconds: float
+) -> dict[str, Any]:
+    """One model's part of a comparison, as what ``json.dumps`` takes."""
+    return {
+        "metrics": {name: finite(value) for name, value in metrics.items()},
+        "intervals": {name: [finite(found.low), finite(found.high)] for name, found in intervals.items()},
+        "changes": {
+            name: {key: finite(value) for key, value in asdict(found).items()} for name, found in changes.items()
+        },
+        "seconds": round(seconds, 3),
+    }
 
 
 def finite(value: float) -> float | None:
