@@ -77,7 +77,7 @@ def changed(before: Measure, after: Measure, resampling: Resampling) -> Change:
         (before.rows, after.rows),
         resampling,
         better=after.better,
-        binary=after.binary,
+        binary=before.binary and after.binary,
     )
 
 

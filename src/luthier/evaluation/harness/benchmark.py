@@ -25,8 +25,8 @@ from luthier import __version__
 from luthier.errors import UserError
 from luthier.evaluation.harness.model import HarnessModel
 from luthier.evaluation.harness.tasks import Tasks
-from luthier.evaluation.measures import Measure
-from luthier.evaluation.statistics import Change, Resampling, Value, change, mean_value
+from luthier.evaluation.measures import Measure, changed
+from luthier.evaluation.statistics import Change, Resampling, Value, mean_value
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -319,16 +319,8 @@ def _changes(base: ModelScores, other: ModelScores, seed: int) -> dict[Key, Chan
         before = base.scores.get(key)
         if before is None or not score.paired or len(before.measure.rows) != len(score.measure.rows):
             continue
-        one, two = before.measure, score.measure
-        changes[key] = change(
-            two.value,
-            one.statistics,
-            two.statistics,
-            (one.rows, two.rows),
-            Resampling(len(two.rows), seed=seed),
-            better=two.better,
-            binary=one.binary and two.binary,
-        )
+        resampling = Resampling(len(score.measure.rows), seed=seed)
+        changes[key] = changed(before.measure, score.measure, resampling)
     return changes
 
 
