@@ -113,7 +113,7 @@ def check_parity(
         return ParityReport(name, not reasons, reasons, numbers, len(prompts))
     fine = copy.deepcopy(reference).float()
     ours = [log_probabilities(fine, i) for i in ids]
-    untouched = None if base is None else _base_log_probabilities(fine if base is reference else base, ids)
+    untouched = None if base is None else base_log_probabilities(fine if base is reference else base, ids)
     _jitter(fine, next(candidate.parameters()).dtype)
     noise = distance(ours, [log_probabilities(fine, i) for i in ids])
     del fine
@@ -130,7 +130,7 @@ def check_parity(
         multiple = MULTIPLE if key == "mean" else MULTIPLE**2
         if not apart[key] <= multiple * noise[key]:
             reasons.append(
-                f"{_NAMES[key]} is {apart[key]:.3g}, {apart[key] / noise[key]:.1f} times rounding "
+                f"{NAMES[key]} is {apart[key]:.3g}, {apart[key] / noise[key]:.1f} times rounding "
                 f"({noise[key]:.3g}); the bound is {multiple:g} times"
             )
     flipped = _flipped(ours, theirs, MULTIPLE * noise["max"])
@@ -185,7 +185,7 @@ def weigh_merge(
     others = {
         "merged": [log_probabilities(merged, i) for i in ids],
         "merged_quantized": [log_probabilities(merged_quantized, i) for i in ids],
-        "stored_base": _base_log_probabilities(reference, ids),
+        "stored_base": base_log_probabilities(reference, ids),
     }
     if Head.of(trained).writes:
         for name, theirs in {"trained": ours, **others}.items():
@@ -193,7 +193,7 @@ def weigh_merge(
     for name, theirs in others.items():
         report.numbers[f"from_trained_{name}"] = distance(ours, theirs)["mean"]
     fine, layers = unpacked(trained)
-    base, tuned = _base_log_probabilities(fine, ids), [log_probabilities(fine, i) for i in ids]
+    base, tuned = base_log_probabilities(fine, ids), [log_probabilities(fine, i) for i in ids]
     moved = _beside_quantized(merged, reference, fine, layers)
     share, apart = _change(base, tuned, [log_probabilities(moved, i) for i in ids])
     report.numbers |= {"change_share": share, "change_apart": apart}
@@ -341,7 +341,7 @@ def log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
         model.train(was)
 
 
-def _base_log_probabilities(base: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def base_log_probabilities(base: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     if hasattr(base, "disable_adapter"):
         with base.disable_adapter():
             return [log_probabilities(base, i) for i in ids]
@@ -396,7 +396,7 @@ def _flipped(ours: list[torch.Tensor], theirs: list[torch.Tensor], bound: float)
     return count
 
 
-_NAMES = {"mean": "the mean |Δ log-probability|", "kl": "the mean KL divergence"}
+NAMES = {"mean": "the mean |Δ log-probability|", "kl": "the mean KL divergence"}
 
 
 def render_parity(report: ParityReport) -> Table:
