@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import random
 import secrets
+import shutil
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luthier.deployment.llamacpp import require_llamacpp
 from luthier.deployment.serving.engine import Ask, Piece, Put, Told
 from luthier.errors import UserError
 
@@ -55,17 +58,20 @@ class LlamaCppEngine:
         context: int,
         slots: int,
         threads: int | None = None,
-        convert: Any = None,
+        convert: Callable[[Path], Path],
     ) -> None:
         self.context = context
         self._model, self._slots, self._threads, self._convert = model, slots, threads, convert
         self._files = dict(adapters)
+        require_llamacpp()
+        self._folder = Path(tempfile.mkdtemp(prefix="luthier-"))  # of this user alone (mode 0700)
         self._changing = threading.Lock()
         self._swap = threading.Lock()
         self._loaded = self._load(self._files)
 
     def _load(self, files: Mapping[str, Path]) -> _Loaded:
-        xllamacpp = require_xllamacpp()
+        import xllamacpp
+
         params = xllamacpp.CommonParams()
         params.model.path = str(self._model)
         params.n_ctx = self.context * self._slots
@@ -75,8 +81,8 @@ class LlamaCppEngine:
         params.verbosity = 0
         if self._threads:
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._threads
-        # The library listens on a port of loopback whether asked or not: nobody has the key to it.
-        params.hostnames, params.port, params.api_keys, params.ui = ["127.0.0.1"], 0, [secrets.token_hex(32)], False
+        params.hostnames = [str(self._folder / f"{secrets.token_hex(4)}.sock")]  # see luthier.deployment.llamacpp
+        params.ui = params.endpoint_slots = params.fit_params = params.warmup = False
         params.lora_init_without_apply = True
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 0.0) for file in files.values()]
         try:
@@ -140,6 +146,7 @@ class LlamaCppEngine:
         """See :class:`~luthier.deployment.serving.engine.Engine`."""
         with self._loaded.idle:
             self._loaded.idle.wait_for(lambda: self._loaded.writing == 0, timeout=60)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _request(ask: Ask, lora: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,19 +189,3 @@ def _piece(chunk: dict[str, Any], ask: Ask) -> Piece:
 def _told(token: dict[str, Any], top: int) -> Told:
     others = tuple(_told(other, 0) for other in token.get("top_logprobs", ())[:top]) if top else ()
     return Told(token["token"], tuple(token["bytes"]), float(token["logprob"]), others)
-
-
-def require_xllamacpp() -> Any:
-    """The module.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import xllamacpp
-    except ImportError:
-        raise UserError(
-            "llama.cpp is not installed",
-            remedy="pip install 'luthier[serve]', or use --engine transformers",
-        ) from None
-    return xllamacpp

@@ -177,7 +177,7 @@ class _Writer:
         return self._one(token, float(scores[token]), tuple(self._one(i, v) for i, v in top))
 
     def _one(self, token: int, logprob: float, top: tuple[Told, ...] = ()) -> Told:
-        text = self.tokenizer.decode([token])
+        text = str(self.tokenizer.decode([token]))
         return Told(text, tuple(text.encode()), logprob, top)
 
 

@@ -55,13 +55,13 @@ class Reply:
                 return []
             message, finish = self._message(answer)
             calls = [call | {"index": k} for k, call in enumerate(message.get("tool_calls", ()))]
-            delta = {"tool_calls": calls} if calls else {"content": message["content"]}
+            delta: Any = {"tool_calls": calls} if calls else {"content": message["content"]}
             told = self._logprobs(answer.told, self.asks[index], 0)
             return [self._chunk(index, delta, told), self._chunk(index, {}, finish=finish)]
         found = []
         if piece.text or piece.told:
             told = self._logprobs(piece.told, self.asks[index], len(answer.text) - len(piece.text))
-            delta: Any = {"content": piece.text} if self.kind == "chat" else piece.text
+            delta = {"content": piece.text} if self.kind == "chat" else piece.text
             found.append(self._chunk(index, delta, told))
         if piece.finish is not None:
             found.append(self._chunk(index, {} if self.kind == "chat" else "", finish=piece.finish))

@@ -44,22 +44,24 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """No unknown fields, no other types."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     name: str = "answer"
     description: str | None = None
     strict: bool | None = None
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -67,7 +69,7 @@ class ResponseFormat(_Strict):
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
-class _Common(_Strict):
+class _Common(Strict):
     """Fields of both kinds of requests. ``user``, ``metadata``, ``store`` and the like say nothing to a model: they
     are taken and have no effect."""
 
@@ -123,7 +125,7 @@ class Limits:
     """Of requests that name none."""
 
 
-def read(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> Any:
+def read(kind: type[Strict], body: bytes) -> Any:
     """A request's body.
 
     Raises:
@@ -171,8 +173,8 @@ def chat_asks(request: ChatRequest, tokenizer: PreTrainedTokenizerBase, limits: 
     _require_plain(messages, tokenizer, "messages")
     _require_plain(tools, tokenizer, "tools")
     try:
-        text = prompt_text(tokenizer, messages, tools)  # type: ignore[arg-type]  # turns of OpenAI's form
-        if tools and text == prompt_text(tokenizer, messages, None):  # type: ignore[arg-type]
+        text = prompt_text(tokenizer, messages, tools)
+        if tools and text == prompt_text(tokenizer, messages, None):
             raise ApiError(400, "this model's chat template does not render tools", param="tools")
     except RenderError as error:
         raise ApiError(400, str(error), code="template_refuses", param="messages") from None
