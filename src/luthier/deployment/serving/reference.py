@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,8 +96,7 @@ def _write(model: Any, tokenizer: PreTrainedTokenizerBase, ask: Ask, put: Put) -
     virtual = VirtualTokens(model)
     device = next(model.parameters()).device
     with torch.random.fork_rng(), torch.no_grad():
-        if ask.seed is not None:
-            torch.manual_seed(ask.seed)
+        torch.manual_seed(random.getrandbits(32) if ask.seed is None else ask.seed)
         virtual.reader.generate(
             **virtual.generation_inputs(torch.tensor([ask.ids], device=device)),
             generation_config=config,

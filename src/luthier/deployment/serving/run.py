@@ -72,7 +72,7 @@ def serve(
         raise UserError(f"there is no engine {engine!r}", where="--engine", remedy=f"choose {' or '.join(ENGINES)}")
     keys = _keys(api_key_env)
     _require_safe(host, keys)
-    with _bound(host, port) as listener:
+    with bound(host, port) as listener:
         sources = Sources.of(path, adapters or {}, name)
         limits = Limits(context_for(sources, max_model_len), max_tokens, temperature)
         if engine == "llamacpp":
@@ -132,7 +132,7 @@ def _require_safe(host: str, keys: list[str]) -> None:
         )
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """A socket that listens, before anything is loaded: a port in use is told at once."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -127,13 +127,12 @@ class Served:
         assert self._root is not None, "only called where adapters may be added"
         try:
             folder = (self._root / path).resolve()
+            inside = folder.is_relative_to(self._root)
+            # A run's folder leads to its adapter's: neither may be a link out of the root.
+            places = [folder, *(inner.resolve() for inner in folder.rglob("*"))] if inside and folder.is_dir() else []
         except (OSError, ValueError, RuntimeError):
-            folder = None
-        if folder is None or not folder.is_relative_to(self._root) or not folder.is_dir():
-            raise ApiError(400, f"there is no adapter {shorten(path)} under this server's root", param="lora_path")
-        # A run's folder leads to its adapter's: neither may be a link out of the root.
-        inner = folder / "adapter"
-        if inner.exists() and not inner.resolve().is_relative_to(self._root):
+            places = []
+        if not places or not all(place.is_relative_to(self._root) for place in places):
             raise ApiError(400, f"there is no adapter {shorten(path)} under this server's root", param="lora_path")
         return folder
 
