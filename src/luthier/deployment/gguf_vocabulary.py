@@ -68,7 +68,7 @@ def put_vocabulary(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedTokeni
         writer.add_token_list(names)
         writer.add_token_merges([_merge(pair) for pair in model["merges"]])
     writer.add_token_types(kinds)
-    _put_special(writer, tokenizer)
+    _put_special(writer, folder, tokenizer)
 
 
 def _tokens(described: dict[str, Any], rows: int, where: str, *, by_pieces: bool) -> tuple[list[str], list[int]]:
@@ -187,22 +187,37 @@ def _prefixes_space(described: dict[str, Any]) -> bool:
     )
 
 
-def _put_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+def _put_special(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Special tokens, those that end a turn, what the tokenizer adds by itself, and the chat template."""
     for name in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    alone = tokenizer("a").input_ids
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and alone[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(tokenizer.eos_token_id is not None and alone[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(adds(tokenizer, tokenizer.bos_token_id, 0))
+    writer.add_add_eos_token(adds(tokenizer, tokenizer.eos_token_id, -1))
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    if not template:
-        return
-    writer.add_chat_template(template)
-    # llama.cpp has a place for the end of a turn and one for that of a turn which calls a tool.
-    others = [number for number in end_of_turn_ids(tokenizer) if number != tokenizer.eos_token_id]
+    ends = _generation_ends(folder)
+    if template:
+        writer.add_chat_template(template)
+        ends = end_of_turn_ids(tokenizer) + ends
+    # llama.cpp has a place for the end of a turn and one for that of a turn which calls a tool; it knows usual ones
+    # by their texts besides.
+    others = [number for number in dict.fromkeys(ends) if number != tokenizer.eos_token_id]
     for add, number in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
         add(number)
+
+
+def adds(tokenizer: PreTrainedTokenizerBase, token: int | None, place: int) -> bool:
+    """Whether a tokenizer puts a token before (place 0) or behind (-1) each text by itself."""
+    return token is not None and tokenizer("a").input_ids[place] == token
+
+
+def _generation_ends(folder: Path) -> list[int]:
+    """Where generation ends by ``generation_config.json``, if there is one."""
+    try:
+        told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError):
+        return []
+    return [] if told is None else [told] if isinstance(told, int) else list(told)

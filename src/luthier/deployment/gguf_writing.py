@@ -86,7 +86,7 @@ def write_gguf(model_folder: str | Path, target_file: str | Path, kind: str) -> 
     config = load_config(model_folder).get_text_config()
     folder = Path(resolve_model(model_folder))
     family = family_of(config, str(folder))
-    weights = _Weights.of(folder)
+    weights = Weights.of(folder)
     target = Path(target_file).expanduser()
     aside = target.parent / f".writing-{target.name}"
     writer = GGUFWriter(aside, family.arch)
@@ -111,14 +111,14 @@ def write_gguf(model_folder: str | Path, target_file: str | Path, kind: str) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
+class Weights:
     """The tensors of a folder, by transformers' names; none is in memory."""
 
     files: dict[str, Path]
     """The file of each."""
 
     @classmethod
-    def of(cls, folder: Path) -> _Weights:
+    def of(cls, folder: Path) -> Weights:
         from safetensors import SafetensorError, safe_open
 
         index = folder / "model.safetensors.index.json"
@@ -162,7 +162,7 @@ class _Tensor:
     """Gives it, in llama.cpp's layout."""
 
 
-def _planned(weights: _Weights, family: Family, config: Any, kind: str) -> list[_Tensor]:
+def _planned(weights: Weights, family: Family, config: Any, kind: str) -> list[_Tensor]:
     names = _name_map(family, config)
     planned = []
     factors = rope_factors(config)

@@ -26,6 +26,10 @@ _TOLD = 10_000
 """Likeliest tokens that are asked for: no more can have 1e-4 each, and the gate looks at those."""
 
 
+_ALWAYS = 1e6
+"""A bias on a logit that outweighs all others."""
+
+
 def require_llamacpp() -> None:
     """Refuse what asks llama.cpp where its binding is not installed.
 
@@ -87,6 +91,7 @@ class LlamaCppRuntime:
                 remedy="it was not made by this version of the exporter, or is broken: export it again",
             ) from None
         self._vocabulary = int(self._over_socket("/v1/models")["data"][0]["meta"]["n_vocab"])
+        self._letter = self.tokens("a")[-1]
 
     def __enter__(self) -> LlamaCppRuntime:
         return self
@@ -112,35 +117,37 @@ class LlamaCppRuntime:
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
         """See :class:`~luthier.deployment.runtimes.Runtime`."""
-        (place,), _ = self._complete(ids, 1, n_probs=_TOLD)
-        told = [token for token in place["top_logprobs"] if token["logprob"] is not None]
+        # llama.cpp tells nothing of a token that is part of a character. A bias chooses another one, and what is told
+        # are the model's own probabilities, before any bias.
+        told = self._complete(ids, 1, n_probs=_TOLD, logit_bias=[[self._letter, _ALWAYS]])
+        (place,) = told["completion_probabilities"]
+        tokens = [token for token in place["top_logprobs"] if token["logprob"] is not None]
         row = torch.full((self._vocabulary,), -torch.inf)
-        row[[token["id"] for token in told]] = torch.tensor([token["logprob"] for token in told])
+        row[[token["id"] for token in tokens]] = torch.tensor([token["logprob"] for token in tokens])
         return row
 
     def greedy(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """See :class:`~luthier.deployment.runtimes.Runtime`."""
-        places, ended = self._complete(ids, max_new_tokens, n_probs=1)
-        answer = [int(place["id"]) for place in places]
-        return answer[:-1] if ended else answer
+        told = self._complete(ids, max_new_tokens)
+        answer = [int(token) for token in told["tokens"]]
+        return answer[:-1] if told["stop_type"] == "eos" else answer
 
-    def _complete(self, ids: Sequence[int], count: int, *, n_probs: int) -> tuple[list[dict[str, Any]], bool]:
-        """What llama.cpp says of each token it takes, the likeliest one each time, and whether a stop token, which is
-        then the last, has ended it."""
-        told: Any = self._server.handle_completions(
-            {
-                "prompt": list(ids),
-                "n_predict": count,
-                "temperature": 0,
-                "n_probs": n_probs,
-                "cache_prompt": True,
-                "lora": self._adapters,
-            }
-        )
-        if "choices" not in told:
-            raise UserError(f"llama.cpp does not answer: {told.get('error', told)}", remedy="ask with shorter prompts")
-        (choice,) = told["choices"]
-        return choice["logprobs"]["content"], choice["finish_reason"] == "stop"
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer ends at a token: it is made the likeliest one, and must be the last."""
+        told = self._complete([token], 2, logit_bias=[[token, _ALWAYS]])
+        return bool(told["stop_type"] == "eos") and len(told["tokens"]) == 1
+
+    def _complete(self, ids: Sequence[int], count: int, **settings: Any) -> dict[str, Any]:
+        """What llama.cpp tells of the likeliest continuation."""
+        asked = {
+            "prompt": list(ids),
+            "n_predict": count,
+            "temperature": 0,
+            "cache_prompt": True,
+            "return_tokens": True,
+            "lora": self._adapters,
+        }
+        return self._over_socket("/completion", asked | settings)
 
     def _over_socket(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         connection = _SocketConnection(self._socket)
