@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ from rich.console import Console
 
 from luthier.data.render import prompt_text
 from luthier.deployment.adapters import AdapterSet
-from luthier.deployment.gguf_writing import write_adapter_gguf, write_gguf
+from luthier.deployment.gguf import arithmetic_noise, stored_model
+from luthier.deployment.gguf_writing import require_kind, write_adapter_gguf, write_gguf
 from luthier.deployment.llamacpp import LlamaCppRuntime, require_llamacpp
-from luthier.deployment.parity import ParityReport, render_parity, require
+from luthier.deployment.parity import ParityReport, render_parity, require, token_ids
 from luthier.deployment.runtimes import check_runtime
 from luthier.deployment.serving.engine import Engine
 from luthier.deployment.serving.llamacpp import LlamaCppEngine
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 QUESTIONS = ("What is the capital of France?", "Write a haiku about rain.", "用一句话介绍你自己。")
 """What the gate asks, through each model's own chat template."""
 _GATE_CONTEXT = 2048
-NOISE: dict[str, dict[str, float]] = {"f32": {}, "f16": {}, "bf16": {}, "q8_0": {}, "q4_0": {}}
 _EXPORTER = 1
 """Raised when files that were made before are no good any more."""
 
@@ -138,6 +138,7 @@ def serve_llamacpp(
         UserError: a model cannot be written as GGUF, or the parity gate refuses what llama.cpp makes of it.
     """
     require_llamacpp()
+    require_kind(kind)
     files = _Files(sources, kind, console)
     engine = LlamaCppEngine(
         files.base(),
@@ -147,7 +148,6 @@ def serve_llamacpp(
         threads=threads,
         convert=lambda folder: files.adapter(AdapterFolder.read(folder)),
     )
-    files.forget()
     return _served(engine, sources, limits, adapter_root)
 
 
@@ -184,38 +184,37 @@ class _Files:
                 remedy="download it and name its folder, or use --engine transformers",
             )
         self._cache = cache_root() / "serving"
-        self._fine: Any = None
 
-    def base(self) -> Path:
-        """The base's file."""
-        file = self._cache / f"{_key(self._folder, self._kind)}.gguf"
+    def base(self, kind: str | None = None) -> Path:
+        """The base's file, in another kind than the server's where one is named."""
+        kind = kind or self._kind
+        file = self._cache / f"{_key(self._folder, kind)}.gguf"
 
         def held_against(made: Path) -> ParityReport:
-            reference, tokenizer = self._reference(), load_tokenizer(self._folder)
+            reference = load_model(self._folder, dtype=torch.float32)
             _require_writing(Head.of(reference), str(self._folder))
-            stops = stop_tokens(reference, tokenizer)
-            return self._gate(made, None, reference, self._stored(made), None, tokenizer, stops)
+            stored = None if kind == "f32" else stored_model(made, self._folder)
+            tokenizer = load_tokenizer(self._folder)
+            return _gate(made, kind, reference, tokenizer, stored=stored)
 
-        self._make(file, lambda made: write_gguf(self._folder, made, self._kind), held_against)
+        self._make(file, lambda made: write_gguf(self._folder, made, kind), held_against)
         return file
 
     def adapter(self, adapter: AdapterFolder) -> Path:
-        """An adapter's file.
+        """An adapter's file. In 8 or 4 bits, what an adapter changes can be less than what llama.cpp's arithmetic
+        costs, and nobody could say whether it is right: it is held against its model beside the base in float16.
 
         Raises:
             UserError: it stands on another base, its method has no GGUF form, or the parity gate refuses.
         """
         self._require_same_base(adapter)
-        base = self.base()
+        fine = self._kind if self._kind in ("f32", "f16") else "f16"
+        base = self.base(fine)
         file = self._cache / f"{_key(adapter.folder, f'lora on {base.stem}')}.gguf"
 
         def held_against(made: Path) -> ParityReport:
             saved = load_saved(adapter.folder, dtype=torch.float32)
-            stored = self._stored(base)
-            if stored is not None:
-                stored = adapter.method.load(stored, adapter.folder).eval()
-            stops = stop_tokens(saved.model, saved.tokenizer)
-            return self._gate(base, made, saved.model, stored, saved.model, saved.tokenizer, stops)
+            return _gate(base, fine, saved.model, saved.tokenizer, adapter=made, base=saved.model)
 
         self._make(file, lambda made: write_adapter_gguf(adapter.folder, made), held_against)
         return file
@@ -240,42 +239,6 @@ class _Files:
         finally:
             aside.unlink(missing_ok=True)
 
-    def _gate(
-        self,
-        base: Path,
-        adapter: Path | None,
-        reference: Any,
-        stored: Any | None,
-        untuned: Any | None,
-        tokenizer: PreTrainedTokenizerBase,
-        stops: Sequence[int],
-    ) -> ParityReport:
-        with LlamaCppRuntime(base, adapter=adapter, context=_GATE_CONTEXT) as runtime:
-            return check_runtime(
-                reference,
-                runtime,
-                tokenizer,
-                _prompts(tokenizer),
-                noise=NOISE[self._kind],
-                stored=stored,
-                base=untuned,
-                stops=stops,
-                name=f"llama.cpp's ({self._kind})",
-            )
-
-    def _stored(self, file: Path) -> Any | None:
-        """The weights of a file whose kind rounds them, in a transformers model."""
-        return load_model(str(file), dtype=torch.float32) if self._kind.startswith("q") else None
-
-    def forget(self) -> None:
-        """Let the models go that files were held against."""
-        self._fine = None
-
-    def _reference(self) -> Any:
-        if self._fine is None:
-            self._fine = load_model(self._folder, dtype=torch.float32)
-        return self._fine
-
     def _require_same_base(self, adapter: AdapterFolder) -> None:
         if adapter.quantization is not None:
             raise UserError(
@@ -292,13 +255,35 @@ class _Files:
             )
 
 
+def _gate(
+    file: Path,
+    kind: str,
+    reference: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stored: Any | None = None,
+    adapter: Path | None = None,
+    base: Any | None = None,
+) -> ParityReport:
+    prompts = [prompt_text(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
+    noise = arithmetic_noise(reference if stored is None else stored, kind, token_ids(tokenizer, prompts, None))
+    with LlamaCppRuntime(file, adapter=adapter, context=_GATE_CONTEXT) as runtime:
+        return check_runtime(
+            reference,
+            runtime,
+            tokenizer,
+            prompts,
+            noise=noise,
+            stored=stored,
+            base=base,
+            stops=stop_tokens(reference, tokenizer),
+            name=f"in llama.cpp ({kind})",
+        )
+
+
 def _require_writing(head: Head, where: str) -> None:
     if not head.writes:
         raise UserError("it holds no model that writes answers", where=where, remedy="use `luthier classify`")
-
-
-def _prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [prompt_text(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
 
 
 def _key(folder: Path, kind: str) -> str:
