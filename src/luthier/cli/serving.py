@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -36,15 +37,38 @@ def chat(
 def merge(
     run: RunPath,
     output: Annotated[Path | None, typer.Argument(help="Folder of the merged model; RUN/merged by default.")] = None,
+    shard_by_shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard-by-shard/--in-memory",
+            help="Hold one layer of the model at a time. By default, where free memory would not hold the model.",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of one file of weights, as in 500MB or 5GB; goes with --shard-by-shard.")
+    ] = None,
 ) -> None:
     """Merge a run's adapter into its base, behind the parity gate: one plain model folder."""
     from luthier.deployment.parity import render_parity
     from luthier.finished import merge_saved
 
     console = open_console()
-    target, report = merge_saved(run, output)
+    size = None if max_shard_size is None else _bytes(max_shard_size)
+    target, report = merge_saved(run, output, shard_by_shard=shard_by_shard, max_shard_size=size)
     console.print(render_parity(report))
     console.print(f"merged into {target}", highlight=False)
+
+
+def _bytes(size: str) -> int:
+    from luthier.errors import UserError
+
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", size.strip().upper())
+    count = int(float(found[1]) * units[found[2]]) if found and found[2] in units else 0
+    if count < 1:
+        raise UserError(f"{size!r} is no size", where="--max-shard-size", remedy="write it as in 500MB or 5GB")
+    return count
 
 
 @app.command()

@@ -220,15 +220,23 @@ class AdapterFolder:
         if self.record.get("rows", rows) > rows:
             # Tokens were added in training; their rows come with the adapter.
             base.resize_token_embeddings(self.record["rows"], mean_resizing=False)
-        expected, got = self.record.get("fingerprint"), fingerprint(base)
+        self.require_base(fingerprint(base))
+        return base
+
+    def require_base(self, got: str) -> None:
+        """Refuse a base of another fingerprint than the one that the adapter was trained on.
+
+        Raises:
+            UserError: it is another.
+        """
+        expected = self.record.get("fingerprint")
         if expected is not None and expected != got:
             raise UserError(
-                f"the adapter was trained on another base than {name!r} "
+                f"the adapter was trained on another base than {self.base_name!r} "
                 f"(fingerprint {expected[:12]}, this one {got[:12]})",
                 where=str(self.folder / BASE_RECORD),
                 remedy="load the base it was trained on",
             )
-        return base
 
     @contextlib.contextmanager
     def fitting(self) -> Iterator[None]:
