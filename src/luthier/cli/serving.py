@@ -14,7 +14,17 @@ from luthier.cli.common import RunPath, open_console
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A run, adapter or model folder, or an embedded name.")],
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A run, adapter or model folder, or an embedded name.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER, in place of a model and once for each: adapters of one base, switched by /adapter NAME.",
+            show_default=False,
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with base and tuned model, one by one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
@@ -24,13 +34,29 @@ def chat(
     from luthier.deployment.chat import chat as talk
 
     talk(
-        str(model),
+        None if model is None else str(model),
+        adapters=_named(adapter or []),
         system=system,
         compare=compare,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         console=open_console(),
     )
+
+
+def _named(adapters: list[str]) -> dict[str, str]:
+    """Folders by name."""
+    from luthier.errors import UserError
+
+    named: dict[str, str] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"{given!r} is no NAME=FOLDER", where="--adapter", remedy="write it as in orders=runs/a")
+        if name in named:
+            raise UserError(f"two adapters are named {name!r}", where="--adapter", remedy="choose another name")
+        named[name] = folder
+    return named
 
 
 @app.command()
