@@ -12,13 +12,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from luthier.deployment import sharded_merge
 from luthier.deployment.merge import merge_adapter
 from luthier.deployment.sharded_merge import merge_sharded
 from luthier.errors import UserError
-from luthier.method_options import LoraMethod
+from luthier.method_options import Ia3Method, LoraMethod
 from luthier.methods import get_method
 from luthier.methods.saved import write_record
 from luthier.models.fingerprint import fingerprint
@@ -118,6 +125,35 @@ def test_the_same_tensors_as_the_merge_in_memory(bases, tmp_path, family, option
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("whole", "sharded"))
     ids = torch.arange(3, 40)[None]
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_experts_and_quantised_bases_and_other_methods(bases, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, initializer_range=0.2, **sizes)
+    # Its files hold each expert by itself, and the model all of a layer's as one.
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixtral")
+    letters().save_pretrained(tmp_path / "mixtral")
+    cases = {"experts": adapted(tmp_path / "experts", tmp_path / "mixtral", target_modules=["q_proj", "v_proj"])}
+    cases["quantised"] = adapted(tmp_path / "quantised", bases["llama"])
+    record = json.loads((cases["quantised"] / "luthier_base.json").read_text())
+    record |= {"method": "qlora", "quantization": {"bits": 4, "quant_type": "nf4", "double_quant": True}}
+    (cases["quantised"] / "luthier_base.json").write_text(json.dumps(record))
+    cases["ia3"] = tmp_path / "ia3"
+    method, model = get_method("ia3"), load_model(bases["llama"])
+    model = method.wrap(model, Ia3Method(), [])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    method.save(model, cases["ia3"])
+    letters().save_pretrained(cases["ia3"])
+    write_record(cases["ia3"], model, str(bases["llama"]), method=method)
+    for name, adapter in cases.items():
+        merge_adapter(adapter, tmp_path / f"{name}-whole", shard_by_shard=False)
+        merge_sharded(adapter, tmp_path / f"{name}-sharded")
+        require_same(tmp_path / f"{name}-whole", tmp_path / f"{name}-sharded")
+    assert any("experts.3.w1" in name for name in tensors(tmp_path / "experts-sharded"))
 
 
 @pytest.mark.slow
