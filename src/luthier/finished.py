@@ -131,8 +131,16 @@ def _other_template(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> st
     )
 
 
-def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, ParityReport]:
+def merge_saved(
+    run_dir: str | Path,
+    output: Path | None = None,
+    *,
+    shard_by_shard: bool | None = None,
+    max_shard_size: int | None = None,
+) -> tuple[Path, ParityReport]:
     """Merge the adapter of a finished run into its base; ``RUN/merged`` where no folder is named.
+
+    ``shard_by_shard`` and ``max_shard_size`` (bytes) are those of :func:`luthier.deployment.merge.merge_adapter`.
 
     Raises:
         UserError: the folder holds no finished run with an adapter, or the merged model answers otherwise.
@@ -141,7 +149,13 @@ def merge_saved(run_dir: str | Path, output: Path | None = None) -> tuple[Path, 
     recipe = Recipe.load(folder.path / "recipe.yaml")
     method_of(recipe.method).require_merging()
     target = output or folder.path / "merged"
-    parity = merge_adapter(folder.saved, target, prompts=_prompts(folder) or None)
+    parity = merge_adapter(
+        folder.saved,
+        target,
+        prompts=_prompts(folder) or None,
+        shard_by_shard=shard_by_shard,
+        max_shard_size=max_shard_size,
+    )
     write_card(Report.of(folder.path), target / CARD)
     return target, parity
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,17 @@ from luthier.cli.common import RunPath, named, open_console
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A run, adapter or model folder, or an embedded name.")],
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A run, adapter or model folder, or an embedded name.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER, in place of a model and once for each: adapters of one base, switched by /adapter NAME.",
+            show_default=False,
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with base and tuned model, one by one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
@@ -23,7 +34,8 @@ def chat(
     from luthier.deployment.chat import chat as talk
 
     talk(
-        str(model),
+        None if model is None else str(model),
+        adapters=_named(adapter or []),
         system=system,
         compare=compare,
         max_new_tokens=max_new_tokens,
@@ -32,19 +44,57 @@ def chat(
     )
 
 
+def _named(adapters: list[str]) -> dict[str, str]:
+    """Folders by name."""
+    from luthier.errors import UserError
+
+    named: dict[str, str] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"{given!r} is no NAME=FOLDER", where="--adapter", remedy="write it as in orders=runs/a")
+        if name in named:
+            raise UserError(f"two adapters are named {name!r}", where="--adapter", remedy="choose another name")
+        named[name] = folder
+    return named
+
+
 @app.command()
 def merge(
     run: RunPath,
     output: Annotated[Path | None, typer.Argument(help="Folder of the merged model; RUN/merged by default.")] = None,
+    shard_by_shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard-by-shard/--in-memory",
+            help="Hold one layer of the model at a time. By default, where free memory would not hold the model.",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of one file of weights, as in 500MB or 5GB; goes with --shard-by-shard.")
+    ] = None,
 ) -> None:
     """Merge a run's adapter into its base, behind the parity gate: one plain model folder."""
     from luthier.deployment.parity import render_parity
     from luthier.finished import merge_saved
 
     console = open_console()
-    target, report = merge_saved(run, output)
+    size = None if max_shard_size is None else _bytes(max_shard_size)
+    target, report = merge_saved(run, output, shard_by_shard=shard_by_shard, max_shard_size=size)
     console.print(render_parity(report))
     console.print(f"merged into {target}", highlight=False)
+
+
+def _bytes(size: str) -> int:
+    from luthier.errors import UserError
+
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", size.strip().upper())
+    count = int(float(found[1]) * units[found[2]]) if found and found[2] in units else 0
+    if count < 1:
+        raise UserError(f"{size!r} is no size", where="--max-shard-size", remedy="write it as in 500MB or 5GB")
+    return count
 
 
 @app.command()

@@ -4,28 +4,102 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from luthier.data.examples import Message
 from luthier.data.render import RenderError, prompt_text
+from luthier.deployment.adapters import AdapterSet
 from luthier.errors import UserError
 from luthier.evaluation.generation import stop_tokens
-from luthier.methods.answering import load_to_answer
-from luthier.methods.saved import SavedModel
+from luthier.methods.answering import load_to_answer, place_to_answer
+from luthier.models.heads import Head
 from luthier.models.virtual import VirtualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit leaves; Ctrl-C stops an answer"
+_HELP = (
+    "/reset forgets the conversation, /system TEXT sets the system message, /base lets the untouched base answer, "
+    "/exit leaves; Ctrl-C stops an answer"
+)
+_SWITCHING = "/adapter NAME lets that adapter answer, /adapter lists them"
+
+
+class _Speakers:
+    """Who answers: a saved model, or one of several adapters; or the base of either.
+
+    Args:
+        path: a run, adapter or model folder, or an embedded model's name; None: adapters are given.
+        adapters: run or adapter folders by name, on one base.
+    """
+
+    def __init__(self, path: str | None, adapters: Mapping[str, str]) -> None:
+        self._saved = None if path is None else load_to_answer(path)
+        self._set = AdapterSet.load(adapters) if adapters else None
+        if self._set is not None:
+            place_to_answer(self._set.model)
+        self.based = False
+        """Whether the base answers."""
+
+    @property
+    def model(self) -> Any:
+        """The tuned one, as it stands."""
+        return self._holder.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of whoever answers: the base reads as the adapter over it does."""
+        return self._holder.tokenizer
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters."""
+        return () if self._set is None else self._set.names
+
+    @property
+    def name(self) -> str | None:
+        """Of the adapter that answers, or ``base``; None: a saved model does."""
+        return "base" if self.based else None if self._set is None else self._set.active
+
+    @property
+    def knows_base(self) -> bool:
+        """Whether the base is at hand."""
+        return self._saved is None or self._saved.kind == "adapter"
+
+    @property
+    def base_name(self) -> str | None:
+        """The saved model's base, by the name that loads it; None: not known."""
+        return None if self._saved is None else self._saved.base_name
+
+    @property
+    def _holder(self) -> Any:
+        return self._set if self._set is not None else self._saved
+
+    def switch(self, name: str) -> None:
+        """Let an adapter answer.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if self._set is None:
+            raise UserError("there are no adapters to switch", remedy="begin with --adapter NAME=FOLDER")
+        self._set.switch(name)
+        self.based = False
+
+    def speaking(self, *, base: bool) -> contextlib.AbstractContextManager[Any]:
+        """The model that answers, for as long as the context lasts."""
+        if not base:
+            return contextlib.nullcontext(self.model)
+        return self._set.base() if self._set is not None else self._holder.as_base()
 
 
 def chat(
-    path: str,
+    path: str | None = None,
     *,
+    adapters: Mapping[str, str] | None = None,
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
@@ -36,7 +110,8 @@ def chat(
     """Talk until /exit or the end of the input.
 
     Args:
-        path: a run, adapter or model folder, or an embedded model's name.
+        path: a run, adapter or model folder, or an embedded model's name; None: adapters are given.
+        adapters: run or adapter folders of one base, by the names they are switched by; the first answers at first.
         system: system message.
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
@@ -50,46 +125,80 @@ def chat(
     Raises:
         UserError: the model cannot be loaded, or its base is unknown and compare is asked for.
     """
-    console = console or Console()
-    saved = load_to_answer(path)
-    if saved.head.pairs:
+    if (path is None) == (not adapters):
         raise UserError(
-            f"{path!r} holds an encoder-decoder, which writes a target for each source and holds no conversation",
+            "name a model, or adapters, which name their base themselves",
+            remedy="chat with RUN, or with --adapter NAME=FOLDER for each adapter and no RUN",
+        )
+    console = console or Console()
+    speakers = _Speakers(path, adapters or {})
+    title = path or ", ".join(speakers.names)
+    head = Head.of(speakers.model)
+    if head.pairs:
+        raise UserError(
+            f"{title!r} holds an encoder-decoder, which writes a target for each source and holds no conversation",
             remedy="give it sources from Python: luthier.FineTuneEvaluator(model, tokenizer).generate(source)",
         )
-    if not saved.head.writes:
-        raise UserError(f"{path!r} holds a classifier, which does not answer", remedy="use `luthier classify`")
-    if compare and saved.kind == "model" and saved.base_name in (None, path):
-        raise UserError(f"{path!r} does not say which model it was tuned from", remedy="chat without --compare")
+    if not head.writes:
+        raise UserError(f"{title!r} holds a classifier, which does not answer", remedy="use `luthier classify`")
     turns: list[Message] = []
-    console.print(f"[bold]{path}[/bold]  {_HELP}", highlight=False)
     with contextlib.ExitStack() as held:
-        base = held.enter_context(saved.as_base()) if compare and saved.kind == "model" else None
+        whole = None
+        if compare and not speakers.knows_base:
+            if speakers.base_name in (None, path):
+                raise UserError(f"{path!r} does not say which model it was tuned from", remedy="chat without --compare")
+            whole = held.enter_context(speakers.speaking(base=True))
+        help_text = f"{_HELP}; {_SWITCHING}" if adapters else _HELP
+        console.print(f"[bold]{title}[/bold]  {help_text}", highlight=False)
         while True:
             try:
-                line = input_fn("\nyou> ").strip()
+                line = input_fn(f"\nyou ({speakers.name})> " if speakers.name else "\nyou> ").strip()
             except (EOFError, KeyboardInterrupt):
                 break
+            command, _, rest = line.partition(" ")
             if line == "/exit":
                 break
             if line == "/reset":
                 turns = []
                 console.print("[dim]forgotten[/dim]")
-            elif line.startswith("/system"):
-                system = line.removeprefix("/system").strip() or None
+            elif command == "/system":
+                system = rest.strip() or None
                 console.print("[dim]system message set[/dim]" if system else "[dim]no system message[/dim]")
+            elif command in ("/adapter", "/base"):
+                _turn_to(speakers, command, rest.strip(), console)
             elif line.startswith("/"):
-                console.print(f"[yellow]unknown command {line.split()[0]}[/yellow]  {_HELP}", highlight=False)
+                console.print(f"[yellow]unknown command {command}[/yellow]  {help_text}", highlight=False)
             elif line:
                 turns.append({"role": "user", "content": line})
-                said = _answers(saved, base, turns, system, max_new_tokens, temperature, compare, console)
+                said = _answers(speakers, whole, turns, system, max_new_tokens, temperature, compare, console)
                 turns.append({"role": "assistant", "content": said})
     return turns
 
 
+def _turn_to(speakers: _Speakers, command: str, name: str, console: Console) -> None:
+    """/adapter and /base: another one answers from here on, or it is told who could."""
+    if command == "/base":
+        speakers.based = speakers.knows_base
+        told = "the base answers" if speakers.based else "only adapters have their base at hand"
+        console.print(f"[dim]{told}[/dim]")
+    elif name:
+        try:
+            speakers.switch(name)
+        except UserError as error:
+            console.print(f"{error.what}; {error.remedy}", style="yellow", markup=False, highlight=False)
+        else:
+            console.print(f"{name} answers", style="dim", markup=False, highlight=False)
+    else:
+        for each in ("base", *speakers.names) if speakers.names else ():
+            mark = "*" if each == speakers.name else " "
+            console.print(f"{mark} {each}", markup=False, highlight=False)
+        if not speakers.names:
+            console.print("[dim]no adapters were named; begin with --adapter NAME=FOLDER[/dim]")
+
+
 def _answers(
-    saved: SavedModel,
-    base: Any | None,
+    speakers: _Speakers,
+    whole: Any | None,
     turns: list[Message],
     system: str | None,
     max_new_tokens: int,
@@ -97,14 +206,17 @@ def _answers(
     compare: bool,
     console: Console,
 ) -> str:
-    """The tuned model's answer, after the base's where both are asked."""
-    ids = _prompt_ids(saved.tokenizer, saved.model, turns, system, max_new_tokens, console)
-    if compare:
+    """The answer of whoever is asked, after the base's where both are; ``whole`` is a base that is a model apart."""
+    tokenizer = speakers.tokenizer
+    ids = _prompt_ids(tokenizer, speakers.model, turns, system, max_new_tokens, console)
+    if compare and not speakers.based:
         console.print("[bold]base>[/bold] ", end="")
-        with contextlib.nullcontext(base) if base is not None else saved.as_base() as untouched:
-            _stream(untouched, saved.tokenizer, ids, max_new_tokens, temperature, console)
-    console.print("[bold green]tuned>[/bold green] " if compare else "[bold green]model>[/bold green] ", end="")
-    return _stream(saved.model, saved.tokenizer, ids, max_new_tokens, temperature, console)
+        with contextlib.nullcontext(whole) if whole is not None else speakers.speaking(base=True) as untouched:
+            _stream(untouched, tokenizer, ids, max_new_tokens, temperature, console)
+    name = speakers.name or ("tuned" if compare else "model")
+    console.print(f"{name}> ", style="bold" if speakers.based else "bold green", end="", markup=False, highlight=False)
+    with speakers.speaking(base=speakers.based) as model:
+        return _stream(model, tokenizer, ids, max_new_tokens, temperature, console)
 
 
 def _prompt_ids(

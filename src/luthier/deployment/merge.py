@@ -33,8 +33,13 @@ def merge_adapter(
     *,
     dtype: torch.dtype | None = None,
     prompts: Sequence[str] | None = None,
+    shard_by_shard: bool | None = None,
+    max_shard_size: int | None = None,
 ) -> ParityReport:
     """Merge a saved adapter into its base and save the result.
+
+    Where memory does not hold the model, it is merged one layer at a time (``deployment.sharded_merge``), which gives
+    the same weights; the gate then compares fewer positions.
 
     Args:
         adapter_path: a run or adapter folder.
@@ -42,10 +47,22 @@ def merge_adapter(
         dtype: precision of the merged weights; None: the base's, or the adapter's where that is finer, as where a
             base that is stored in bfloat16 was tuned in float32.
         prompts: rendered texts for the parity gate; None: a few plain ones.
+        shard_by_shard: whether it is merged one layer at a time; None: where ``max_shard_size`` is given or free
+            memory would not hold the model, and it can be.
+        max_shard_size: of one file of weights, in bytes; None: 5 GB where it is merged one layer at a time.
 
     Raises:
         UserError: there is no adapter, the folder is in use, the disk is full, or the parity gate refuses.
     """
+    from luthier.deployment import sharded_merge
+
+    if shard_by_shard is None:
+        shard_by_shard = max_shard_size is not None or sharded_merge.is_needed(adapter_path)
+    if shard_by_shard:
+        size = max_shard_size or sharded_merge.SHARD
+        return sharded_merge.merge_sharded(adapter_path, output_dir, dtype=dtype, prompts=prompts, max_shard_size=size)
+    if max_shard_size is not None:
+        raise UserError("max_shard_size goes with shard_by_shard", remedy="leave one of them out")
     saved = load_saved(adapter_path, dtype=dtype)
     if saved.kind != "adapter":
         raise UserError(f"{str(adapter_path)!r} holds no adapter", remedy="name the folder of a LoRA run")

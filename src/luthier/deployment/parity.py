@@ -97,11 +97,7 @@ def check_parity(
     travelled = candidate_tokenizer if candidate_tokenizer is not None else tokenizer
     head = Head.of(reference)
     limit = limit_of(reference, tokenizer)
-    reasons = _tokens_differ(tokenizer, travelled, prompts, limit, targets=head.pairs)
-    if head.writes or head.pairs:
-        reasons += _stops_missing(candidate, travelled, head)
-    if Head.of(candidate).classes != head.classes:
-        reasons.append("the classes' names or numbers were lost")
+    reasons = left_behind(head, candidate, tokenizer, travelled, prompts, limit)
     numbers: dict[str, float] = {}
     ids = token_ids(tokenizer, prompts, limit)
     if exact:
@@ -115,14 +111,64 @@ def check_parity(
     ours = [log_probabilities(fine, i) for i in ids]
     untouched = None if base is None else base_log_probabilities(fine if base is reference else base, ids)
     _jitter(fine, next(candidate.parameters()).dtype)
-    noise = distance(ours, [log_probabilities(fine, i) for i in ids])
+    jittered = [log_probabilities(fine, i) for i in ids]
     del fine
     theirs = [log_probabilities(copy.deepcopy(candidate).float(), i) for i in ids]
+    return judge(name, len(prompts), reasons, ours, jittered, theirs, untouched)
+
+
+def left_behind(
+    head: Head,
+    candidate: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    travelled: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    limit: int | None,
+) -> list[str]:
+    """What should have travelled with a candidate beside its weights and has not, in words.
+
+    Args:
+        head: the reference's.
+        candidate: the model to hand over; its weights are not looked at.
+        tokenizer: the reference's.
+        travelled: the candidate's.
+        prompts: rendered texts.
+        limit: see :func:`limit_of`.
+    """
+    reasons = _tokens_differ(tokenizer, travelled, prompts, limit, targets=head.pairs)
+    if head.writes or head.pairs:
+        reasons += _stops_missing(candidate, travelled, head)
+    if Head.of(candidate).classes != head.classes:
+        reasons.append("the classes' names or numbers were lost")
+    return reasons
+
+
+def judge(
+    name: str,
+    prompts: int,
+    reasons: list[str],
+    ours: list[torch.Tensor],
+    jittered: list[torch.Tensor],
+    theirs: list[torch.Tensor],
+    untouched: list[torch.Tensor] | None,
+) -> ParityReport:
+    """The verdict on log-probabilities ``[n, V]`` of the same tokens.
+
+    Args:
+        name: of the hand-over.
+        prompts: their number.
+        reasons: that are known already why it fails.
+        ours: the reference's.
+        jittered: the reference's, its weights moved as rounding moves them.
+        theirs: the candidate's.
+        untouched: the base's; None: it is not known.
+    """
     if ours[0].shape[-1] != theirs[0].shape[-1]:
         reasons.append(f"the vocabulary has {theirs[0].shape[-1]:,} rows, it had {ours[0].shape[-1]:,}")
-        return ParityReport(name, False, reasons, numbers, len(prompts))
+        return ParityReport(name, False, reasons, {}, prompts)
     apart = distance(ours, theirs)
-    numbers |= {f"candidate_{k}": v for k, v in apart.items()}
+    numbers = {f"candidate_{k}": v for k, v in apart.items()}
+    noise = distance(ours, jittered)
     numbers |= {f"rounding_{k}": v for k, v in noise.items()}
     noise = {k: max(v, FLOOR.get(k, 0.0)) for k, v in noise.items()}
     for key in ("mean", "kl"):
@@ -146,7 +192,7 @@ def check_parity(
                 f"the candidate lies as far from the tuned model ({apart['mean']:.3g}) as the base does ({moved:.3g}): "
                 "what was learnt is lost in its rounding"
             )
-    return ParityReport(name, not reasons, reasons, numbers, len(prompts))
+    return ParityReport(name, not reasons, reasons, numbers, prompts)
 
 
 def weigh_merge(
@@ -357,8 +403,14 @@ def _jitter(model: Any, dtype: torch.dtype) -> None:
     adapted = [m.base_layer.weight for m in model.modules() if hasattr(m, "base_layer")]
     generator = torch.Generator().manual_seed(0)
     for weight in adapted or [p for p in model.parameters() if p.ndim >= 2]:
-        last_place = torch.exp2(torch.floor(torch.log2(weight.abs().clamp(min=1e-30)))) * torch.finfo(dtype).eps
-        weight += (torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5) * last_place
+        jitter(weight, dtype, generator)
+
+
+@torch.no_grad()
+def jitter(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Move a float32 weight, in place, by a random amount within half its last place in ``dtype``."""
+    last_place = torch.exp2(torch.floor(torch.log2(weight.abs().clamp(min=1e-30)))) * torch.finfo(dtype).eps
+    weight += (torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5) * last_place
 
 
 def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:

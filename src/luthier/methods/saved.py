@@ -78,7 +78,8 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedMo
     text = str(path)
     folder = Path(text).expanduser()
     if text in CATALOGUE or not folder.is_dir():
-        return _whole(text, dtype, text)
+        fetched = None if text in CATALOGUE or folder.exists() else _fetched_adapter(text)
+        return _whole(text, dtype, text) if fetched is None else _on_base(AdapterFolder.read(fetched), dtype)
     base = _base_of_run(folder)
     folder = _tuned_weights(folder)
     if not (parts_of(folder)[0] / "adapter_config.json").is_file():
@@ -86,6 +87,24 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> SavedMo
             raise UserError(f"{text!r} holds no model and no adapter", where=text, remedy="name a run or model folder")
         return _whole(folder, dtype, base)
     return _on_base(AdapterFolder.read(folder), dtype)
+
+
+def _fetched_adapter(name: str) -> Path | None:
+    """The folder that a hub's adapter is fetched into, without pickles; None: no adapter is known of that name."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        for config in ("adapter_config.json", f"{PARTS[-1]}/adapter_config.json"):
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(name, config)
+                return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HTTPError, OSError, HFValidationError):
+        pass  # loading it as a model tells what is wrong
+    return None
 
 
 def _tuned_weights(folder: Path) -> Path:
@@ -220,15 +239,23 @@ class AdapterFolder:
         if self.record.get("rows", rows) > rows:
             # Tokens were added in training; their rows come with the adapter.
             base.resize_token_embeddings(self.record["rows"], mean_resizing=False)
-        expected, got = self.record.get("fingerprint"), fingerprint(base)
+        self.require_base(fingerprint(base))
+        return base
+
+    def require_base(self, got: str) -> None:
+        """Refuse a base of another fingerprint than the one that the adapter was trained on.
+
+        Raises:
+            UserError: it is another.
+        """
+        expected = self.record.get("fingerprint")
         if expected is not None and expected != got:
             raise UserError(
-                f"the adapter was trained on another base than {name!r} "
+                f"the adapter was trained on another base than {self.base_name!r} "
                 f"(fingerprint {expected[:12]}, this one {got[:12]})",
                 where=str(self.folder / BASE_RECORD),
                 remedy="load the base it was trained on",
             )
-        return base
 
     @contextlib.contextmanager
     def fitting(self) -> Iterator[None]:

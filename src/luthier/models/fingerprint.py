@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from luthier.models.virtual import VirtualTokens
 _ADDED = ("lora_", "ia3_", "bottleneck_", "trainable_tokens", "modules_to_save", "original_module")
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Any, read: Callable[[str], torch.Tensor] | None = None) -> str:
     """A cheap SHA-256 of a model: its parameters' names and shapes, and a few values of each, as bfloat16.
 
     The same weights in float32 and bfloat16 have the same fingerprint. Adapter parameters do not count, nor do
     embeddings, which grow with added tokens, nor modules that no weights were found for (see ``models.heads``). A
     quantised base has that of the weights that it was quantised from.
+
+    Args:
+        model: a base, or one with adapters.
+        read: gives a base's parameter by its name, where the weights stay on disk (see ``models.offloaded``).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     origin = getattr(base, "quantized_from", None)
@@ -34,7 +39,7 @@ def fingerprint(model: Any) -> str:
             continue
         if parameter.shape[0] == vocabulary:
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = (parameter.detach() if read is None else read(name)).reshape(-1)
         picked = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
         plain = name.replace(".base_layer", "")
         digest.update(f"{plain}{tuple(parameter.shape)}".encode())

@@ -126,6 +126,7 @@ def load_model(
     revision: str | None = None,
     quantization: Quantization | None = None,
     head: Head | None = None,
+    offload_folder: Path | None = None,
 ) -> PreTrainedModel:
     """A model, in eval mode. Modules that no weights are found for are named in its attribute ``fresh_modules``.
 
@@ -135,6 +136,8 @@ def load_model(
         revision: branch, tag or commit of a hub model.
         quantization: how its linear layers' weights are held; None: as they are.
         head: what stands on its body; None: what it was saved with, the head of a causal language model as a rule.
+        offload_folder: where given, the weights stay on disk (see ``models.offloaded``), and those that must be
+            rewritten for it are written there.
 
     Raises:
         UserError: nothing is found under that name, its files are incomplete, or it can have no such head.
@@ -156,6 +159,8 @@ def load_model(
         return _quantized(name, place, options, dtype, revision, quantization, head)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    if offload_folder is not None:
+        options |= {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
     with _explained(name), without_bars(), _quiet(head):
         model, told = head.loader().from_pretrained(
             place,
