@@ -9,6 +9,7 @@ import torch
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.loading import training_dtype
 from luthier.models.memory import free_memory
+from luthier.models.packed import compute_in, packed_layers
 
 # The share of free memory that weights may take more of.
 _SHARE = 0.5
@@ -34,5 +35,6 @@ def load_to_answer(path: str | Path, *, dtype: torch.dtype | None = None) -> Sav
     elif dtype is None and training_dtype("auto", device) is torch.float32:
         halves = sum(p.nbytes for p in saved.model.parameters() if p.dtype in (torch.bfloat16, torch.float16))
         if halves < _SHARE * free_memory(device):
-            saved.model.float()
+            # Weights in 8 or 4 bits stay as they are.
+            compute_in(saved.model, torch.float32) if packed_layers(saved.model) else saved.model.float()
     return saved
