@@ -176,7 +176,7 @@ def _lost_in_precision(
         return ["the tuned model does not differ from its base: nothing was learnt, or the adapter is off"]
     if not moved > from_tuned:
         return [
-            f"it lies as far from the tuned model ({from_tuned:.3g}) as the base does ({moved:.3g}): what was learnt is "
-            "lost in its precision"
+            f"it lies as far from the tuned model ({from_tuned:.3g}) as the base does ({moved:.3g}): what was learnt "
+            "is lost in its precision"
         ]
     return []

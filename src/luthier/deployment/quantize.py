@@ -28,9 +28,9 @@ from luthier.errors import UserError, counted
 from luthier.methods.answering import load_to_answer
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.loading import load_config, load_model, load_tokenizer, resolve_model, set_stop_tokens, without_bars
-from luthier.models.packed import PACKINGS, library_of, packed_layers, require_library
+from luthier.models.packed import PACKINGS, library_of, require_library
 from luthier.recipe import Recipe
-from luthier.runfolder import RunFolder
+from luthier.runfolder import QUANTIZED, RunFolder
 from luthier.training.checkpoint import writing
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 RECORD = "luthier_quantize.json"
 CASTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-QUANTIZATIONS = (*PACKINGS, *CASTS)
 _SPELLINGS = {"fp16": "float16", "bf16": "bfloat16"}
 _PARITY_PROMPTS = 8
 
@@ -160,11 +159,11 @@ def _known(quantization: str) -> str:
         UserError: there is no such kind.
     """
     kind = _SPELLINGS.get(str(quantization), str(quantization))
-    if kind not in QUANTIZATIONS:
+    if kind not in QUANTIZED:
         raise UserError(
             f"there is no quantization {quantization!r}",
             where="quantization",
-            remedy=f"one of {', '.join(QUANTIZATIONS)}",
+            remedy=f"one of {', '.join(QUANTIZED)}",
         )
     return kind
 
@@ -192,7 +191,7 @@ def _whole_model(model_path: str | Path, folder: Path) -> Iterator[_Whole]:
         raise UserError(
             f"{str(model_path)!r} holds no language model that writes", remedy="name the run of a causal language model"
         )
-    if packed_layers(saved.model) or library_of(saved.model.config) and saved.kind == "model":
+    if saved.kind == "model" and library_of(saved.model.config) is not None:
         raise UserError(f"{str(model_path)!r} is quantised already", remedy="name the model that it was made from")
     tokenizer = saved.tokenizer
     if saved.kind != "adapter":

@@ -6,7 +6,9 @@ is quantised while an adapter is trained on it is another matter: :mod:`luthier.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -86,7 +88,7 @@ PACKINGS = {
 
 
 def require_library(library: str, where: str) -> None:
-    """Refuse packed weights where the library that holds them is not installed.
+    """Refuse packed weights where the library that holds them is not installed; load it where it is.
 
     Args:
         library: ``torchao`` or ``bitsandbytes``.
@@ -100,6 +102,14 @@ def require_library(library: str, where: str) -> None:
         raise UserError(
             f"this needs {library}, which is not installed", where=where, remedy=f"pip install 'luthier[{extra}]'"
         )
+    if library == "torchao":
+        # Its import warns of kernels for other machines, and of PyTorch's next release.
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            importlib.import_module("torchao.prototype.safetensors.safetensors_support")
+        finally:
+            logging.disable(before)
 
 
 def library_of(config: Any) -> str | None:
