@@ -301,3 +301,40 @@ def test_a_quantised_folder_answers_wherever_a_model_does(made, kind, tmp_path, 
     words = (f"was={made['bfloat16'].folder}", f"is={folder}", "--data", rows, "--max-new-tokens", 4)
     code, out, err = run(monkeypatch, capsys, "compare", *words, "--output", tmp_path / "compared.json")
     assert code == 0 and "perplexity" in out, err
+
+
+def test_a_run_is_quantised_into_its_own_folder_and_judged_there(terse_model_dir, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"question": f"What colour has thing {i}?", "answer": f"Thing {i} is blue."} for i in range(60)]
+    rows.write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
+    run_dir = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name: {terse_model_dir}}}\ndata: {{train: {rows}}}\n"
+        f"training: {{max_steps: 12, learning_rate: 5.0e-2}}\n"
+        f"evaluation: {{max_new_tokens: 4, max_examples: 2}}\noutput_dir: {run_dir}\n",
+        encoding="utf-8",
+    )
+    code, _, err = run(monkeypatch, capsys, "train", recipe)
+    assert code == 0, err
+    code, out, err = run(monkeypatch, capsys, "quantize", run_dir, "--to", "int8", "--rows", 3)
+    assert code == 0 and "perplexity of 3 rows" in out and "tuning mean" in out, err
+    code, out, err = run(monkeypatch, capsys, "evaluate", run_dir)
+    told = json.loads((run_dir / "evaluation" / "comparison.json").read_text(encoding="utf-8"))["models"]
+    assert code == 0 and list(told) == ["base", "tuned", "int8"], err
+    perplexity = {name: model["metrics"]["perplexity"] for name, model in told.items()}
+    assert perplexity["int8"] != perplexity["tuned"] == pytest.approx(perplexity["int8"], rel=0.05)
+    code, _, err = run(monkeypatch, capsys, "quantize", terse_model_dir)
+    assert code == 2 and "needs a folder of its own" in err
+
+
+@pytest.mark.slow
+def test_the_real_model_in_eight_bits_and_one_scale_of_it_a_tenth_short(smollm2_dir, tmp_path):
+    result = quantize_model(smollm2_dir, tmp_path / "int8", "int8", data=ROWS[:2])
+    assert result.after.bytes < 0.65 * result.before.bytes
+    assert result.after.perplexity == pytest.approx(result.before.perplexity, rel=0.05)
+    reference, tokenizer = load_model(smollm2_dir, dtype=torch.float32), load_tokenizer(smollm2_dir)
+    candidate = load_model(tmp_path / "int8", dtype=torch.float32)
+    _tenth_short(candidate)
+    report = check_packed(reference, candidate, tokenizer, prompts(tokenizer)[:1], PACKINGS["int8"])
+    assert "v_proj lie" in report.reasons[0]

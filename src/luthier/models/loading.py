@@ -16,7 +16,7 @@ from luthier.errors import UserError
 from luthier.models.catalogue import CATALOGUE, embedded_model_folder
 from luthier.models.fingerprint import fingerprint
 from luthier.models.heads import Head, fresh_modules, modules_of
-from luthier.models.packed import compute_in, library_of, require_library
+from luthier.models.packed import compute_in, library_of, load_torchao_quietly, require_library
 from luthier.models.pairs import set_opening
 from luthier.models.quantized import Quantization, QuantizedFrom, require_bitsandbytes, settle
 
@@ -140,6 +140,7 @@ def load_model(
     Raises:
         UserError: nothing is found under that name, its files are incomplete, or it can have no such head.
     """
+    load_torchao_quietly()
     from transformers import GgufConfig
 
     place, options = _place(resolve_model(name), revision)

@@ -6,9 +6,11 @@ is quantised while an adapter is trained on it is another matter: :mod:`luthier.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,7 +58,8 @@ class Packing:
             made: Any = Int8WeightOnlyConfig(version=2)
         else:
             # torchao's packed forms of 4 bits run on GPUs alone; this one lies a weight a byte and runs anywhere.
-            made = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(self.block))
+            four: torch.dtype = torch.int4  # type: ignore[attr-defined]
+            made = IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(self.block))
         return transformers.TorchAoConfig(made, modules_to_not_convert=list(whole))
 
     @torch.no_grad()
@@ -88,7 +91,7 @@ PACKINGS = {
 
 
 def require_library(library: str, where: str) -> None:
-    """Refuse packed weights where the library that holds them is not installed; load it where it is.
+    """Refuse packed weights where the library that holds them is not installed.
 
     Args:
         library: ``torchao`` or ``bitsandbytes``.
@@ -102,14 +105,21 @@ def require_library(library: str, where: str) -> None:
         raise UserError(
             f"this needs {library}, which is not installed", where=where, remedy=f"pip install 'luthier[{extra}]'"
         )
-    if library == "torchao":
-        # Its import warns of kernels for other machines, and of PyTorch's next release.
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
+
+
+def load_torchao_quietly() -> None:
+    """Import torchao, where it is installed, before transformers does: without its warnings of kernels for other
+    machines and of PyTorch's next release, which would come with every model."""
+    if "torchao" in sys.modules or importlib.util.find_spec("torchao") is None:
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        # A torchao that does not fit this PyTorch is no matter of models that do not need it.
+        with contextlib.suppress(Exception):
             importlib.import_module("torchao.prototype.safetensors.safetensors_support")
-        finally:
-            logging.disable(before)
+    finally:
+        logging.disable(before)
 
 
 def library_of(config: Any) -> str | None:
