@@ -1,8 +1,8 @@
 """What fewer bits cost: size, tokens a second, perplexity and exact match of one model in several precisions.
 
 Each kind is made by `quantize_model`, behind its parity gate, and answers the quickstart's held-out rows as any user of
-its folder would be answered. Rows of the table come from functions (`SOURCES`), each of which yields names and what
-was measured; another runtime's kinds are one more function.
+its folder would be answered; all kinds take turns, row by row, in one process. Rows of the table come from functions
+(`SOURCES`), each of which yields sides that can be asked: another runtime's kinds are one more function.
 
     python benchmarks/quantisation_table.py --model runs/records --rows 40
     python benchmarks/quantisation_table.py --model smollm2 --rows 8 --only int8,nf4 --json quantisation.json
@@ -15,9 +15,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from luthier.errors import UserError
 from luthier.evaluation.generation import generate_answers
 from luthier.evaluation.metrics import score
 from luthier.evaluation.perplexity import perplexity_of_examples
-from luthier.evaluation.question import ask
+from luthier.evaluation.question import Question, ask
 from luthier.methods.answering import load_to_answer
 
 ROWS = Path(__file__).parent.parent / "examples" / "records" / "test.jsonl"
@@ -40,73 +41,90 @@ KINDS = ("float32", "bfloat16", "int8", "int4", "nf4")
 
 
 @dataclass(slots=True)
-class Measured:
-    """A row of the table."""
+class Side:
+    """A row of the table: one kind, loaded and ready to be asked."""
 
     kind: str
     bytes: int
-    tokens_per_second: float
-    """Of greedy answers to all rows, in batches of one."""
-    perplexity: float | None
-    """Of the right answers; None where the runtime does not tell."""
-    exact_match: float
     computed_in: str
     """Precision of the products."""
+    answer: Callable[[str], tuple[str, int]]
+    """A rendered prompt's greedy answer, and of how many tokens it is."""
+    perplexity: float | None
+    """Of the right answers; None where the runtime does not tell."""
+    said: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 def transformers_kinds(
-    model: str, kinds: list[str], examples: list[TrainingExample], folder: Path, limit: int
-) -> Iterator[Measured]:
-    """The kinds that transformers loads."""
+    model: str, kinds: Sequence[str], examples: list[TrainingExample], folder: Path, limit: int
+) -> Iterator[Side]:
+    """The kinds that transformers loads. float32 is bfloat16's folder without its rounding: the weights of a base that
+    is stored in bfloat16 are the same in both."""
     for kind in kinds:
         print(f"{kind}: writing, loading again, comparing", file=sys.stderr, flush=True)
-        # The reference is bfloat16's folder, loaded in float32: of a run it is the merged model.
         stored = "bfloat16" if kind == "float32" else kind
         place = folder / stored
         if not place.is_dir():
             quantize_model(model, place, stored, data=examples, max_rows=1)
-        yield measured(kind, place, examples, limit, torch.float32 if kind == "float32" else None)
+        yield loaded(kind, place, examples, limit, torch.float32 if kind == "float32" else None)
 
 
-def measured(
-    kind: str, place: Path, examples: list[TrainingExample], limit: int, dtype: torch.dtype | None
-) -> Measured:
-    """Ask a folder's model all rows."""
+def loaded(kind: str, place: Path, examples: list[TrainingExample], limit: int, dtype: torch.dtype | None) -> Side:
+    """A folder's model, as any user of it would be answered."""
     saved = load_to_answer(place, dtype=dtype)
-    questions = [ask(saved.tokenizer, e, n) for n, e in enumerate(examples, 1)]
-
-    def progress(done: int, total: int) -> None:
-        print(f"\r{kind}: {done} of {total} answered", end="", file=sys.stderr, flush=True)
-
-    begin = time.perf_counter()
-    answers = generate_answers(
-        saved.model,
-        saved.tokenizer,
-        [q.prompt for q in questions],
-        max_new_tokens=limit,
-        batch_size=1,
-        progress=progress,
-    )
-    seconds = time.perf_counter() - begin
-    print(file=sys.stderr)
     renderer = Renderer(saved.tokenizer, train_on="last_answer", allow_special_tokens=True)
     encoded = ChatEncoder(renderer).encode(examples).examples
-    scores = score([a.text for a in answers], [q.references for q in questions])
     # No folder holds float32: its weights as they lie in memory.
     size = folder_bytes(place) if dtype is None else sum(p.nbytes for p in saved.model.parameters())
-    tokens = sum(len(a.token_ids) for a in answers)
+
+    def answer(prompt: str) -> tuple[str, int]:
+        said = generate_answers(saved.model, saved.tokenizer, [prompt], max_new_tokens=limit)[0]
+        return said.text, len(said.token_ids)
+
     computed_in = str(saved.model.dtype).removeprefix("torch.")
-    surprised = perplexity_of_examples(saved.model, encoded).perplexity
-    return Measured(kind, size, tokens / seconds, surprised, scores["exact_match"], computed_in)
+    return Side(kind, size, computed_in, answer, perplexity_of_examples(saved.model, encoded).perplexity)
 
 
-SOURCES: list[Callable[[str, list[str], list[TrainingExample], Path, int], Iterator[Measured]]] = [transformers_kinds]
+Source = Callable[[str, Sequence[str], list[TrainingExample], Path, int], Iterator[Side]]
+SOURCES: list[Source] = [transformers_kinds]
 
 
-def line(row: Measured) -> str:
+def ask_all(sides: list[Side], questions: list[Question]) -> None:
+    """Every question to every side in turn, so that a busy machine is busy for all of them."""
+    for number, question in enumerate(questions, 1):
+        for side in sides:
+            if number == 1:
+                side.answer(question.prompt)  # fills caches
+            begin = time.perf_counter()
+            text, tokens = side.answer(question.prompt)
+            side.seconds += time.perf_counter() - begin
+            side.tokens += tokens
+            side.said.append(text)
+        print(f"\r{number} of {len(questions)} rows answered by all", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def row(side: Side, questions: list[Question]) -> dict[str, Any]:
+    """What a row of the table says."""
+    return {
+        "kind": side.kind,
+        "megabytes": side.bytes / 1e6,
+        "tokens_per_second": side.tokens / side.seconds,
+        "perplexity": side.perplexity,
+        "exact_match": score(side.said, [q.references for q in questions])["exact_match"],
+        "computed_in": side.computed_in,
+    }
+
+
+def line(told: dict[str, Any]) -> str:
     """A row of the table, as Markdown."""
-    told = "" if row.perplexity is None else f"{row.perplexity:.4g}"
-    return f"| {row.kind} | {row.bytes / 1e6:,.1f} | {row.tokens_per_second:.2f} | {told} | {row.exact_match:.1%} | {row.computed_in} |"
+    perplexity = "" if told["perplexity"] is None else f"{told['perplexity']:.4g}"
+    return (
+        f"| {told['kind']} | {told['megabytes']:,.1f} | {told['tokens_per_second']:.2f} | {perplexity} "
+        f"| {told['exact_match']:.1%} | {told['computed_in']} |"
+    )
 
 
 def main() -> None:
@@ -123,16 +141,17 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     examples = load_file(a.data).examples[: a.rows]
     kinds = a.only.split(",") if a.only else list(KINDS)
-    found: list[Measured] = []
-    print(f"{a.model}, {len(examples)} rows of {a.data.name}, {a.threads} threads\n")
-    print("| kind | MB | tokens/s | perplexity | exact match | computed in |\n|---|---|---|---|---|---|", flush=True)
+    tokenizer = load_to_answer(a.model).tokenizer
+    questions = [ask(tokenizer, e, n) for n, e in enumerate(examples, 1)]
     with tempfile.TemporaryDirectory() as folder:
-        for source in SOURCES:
-            for row in source(a.model, kinds, examples, Path(folder), a.max_new_tokens):
-                found.append(row)
-                print(line(row), flush=True)
+        sides = [s for make in SOURCES for s in make(a.model, kinds, examples, Path(folder), a.max_new_tokens)]
+        ask_all(sides, questions)
+    found = [row(side, questions) for side in sides]
+    print(f"{a.model}, {len(examples)} rows of {a.data.name}, {a.threads} threads\n")
+    print("| kind | MB | tokens/s | perplexity | exact match | computed in |\n|---|---|---|---|---|---|")
+    print(*map(line, found), sep="\n")
     if a.json:
-        a.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n", encoding="utf-8")
+        a.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
