@@ -39,8 +39,9 @@ from luthier.models.packed import Packing, is_packed, packed_layers, plain_weigh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How many times farther than rounding to nearest a packed matrix may lie from its own. SmolLM2's came to 1.00 (int8)
-# to 1.01 (nf4, whose scales are rounded as well); with scales a tenth short to 1.4 (nf4) and more.
+# How many times farther than rounding to nearest a packed matrix may lie from its own. Means over the layers: 1.00 for
+# all kinds on a random model in float32, 1.02 for SmolLM2 in int8. A scale a tenth short adds 0.1 of the weights' size at
+# a right angle to rounding's 0.092 (nf4) and 0.095 (int4) there: about 1.5 times.
 _ROUNDING = 1.15
 
 
