@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # How many times farther than rounding to nearest a packed matrix may lie from its own. Means over the layers: 1.00 for
-# all kinds on a random model in float32, 1.02 for SmolLM2 in int8. A scale a tenth short adds 0.1 of the weights' size at
-# a right angle to rounding's 0.092 (nf4) and 0.095 (int4) there: about 1.5 times.
+# all kinds on a random model in float32, 1.02 for SmolLM2 in int8. A scale a tenth short adds 0.1 of the weights' size
+# at a right angle to rounding's 0.092 (nf4) and 0.095 (int4) there: about 1.5 times.
 _ROUNDING = 1.15
 
 

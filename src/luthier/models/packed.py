@@ -57,8 +57,8 @@ class Packing:
         if self.block is None:
             made: Any = Int8WeightOnlyConfig(version=2)
         else:
-            # Of torchao's forms of 4 bits that can be saved, the packed ones need an accelerator; this one lies a weight a
-            # byte and runs anywhere.
+            # Of torchao's forms of 4 bits that can be saved, the packed ones need an accelerator; this one lies
+            # a weight a byte and runs anywhere.
             four: torch.dtype = torch.int4  # type: ignore[attr-defined]
             made = IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(self.block))
         return transformers.TorchAoConfig(made, modules_to_not_convert=list(whole))
