@@ -19,6 +19,8 @@ _HOMES = {
     "DataPreprocessor": "luthier.data.clean",
     "DataAugmentor": "luthier.data.augment",
     "AdapterSet": "luthier.deployment.adapters",
+    "QuantizedModelInference": "luthier.deployment.inference",
+    "quantize_model": "luthier.deployment.quantize",
     "AdapterTuner": "luthier.tuners",
     "FullFineTuner": "luthier.tuners",
     "InstructionTuner": "luthier.tuners",

@@ -30,7 +30,7 @@ from luthier.methods.saved import AdapterFolder, adapter_dtype
 from luthier.models.loading import context_of, load_model, load_tokenizer, training_dtype
 from luthier.recipe import Recipe
 from luthier.report import CARD, Report, write_card, write_reports
-from luthier.runfolder import RunFolder
+from luthier.runfolder import QUANTIZED, RunFolder
 from luthier.tasks import Judgement, get_task
 from luthier.training.checkpoint import writing
 from luthier.training.runlog import write_json
@@ -49,7 +49,8 @@ def evaluate_run(
     harm: bool = False,
     console: Console,
 ) -> Judgement:
-    """Compare base, tuned and (where it exists) merged of a finished run, on its held-out rows or on another file.
+    """Compare base, tuned and (where they exist) merged and quantised of a finished run, on its held-out rows or on
+    another file.
 
     Args:
         path: the run folder.
@@ -88,8 +89,9 @@ def evaluate_run(
         ("base", saved.as_base),
         ("tuned", lambda: contextlib.nullcontext(saved.model)),
     ]
-    if (folder.path / "merged").is_dir():
-        models.append(("merged", lambda: contextlib.nullcontext(_merged(folder, saved.model))))
+    for made in ("merged", *QUANTIZED):
+        if (folder.path / made).is_dir():
+            models.append((made, functools.partial(_made, folder.path / made, saved.model)))
     name = Path(data).stem if data else "comparison"
     task = get_task(recipe.task.name)
     task.check(recipe)
@@ -115,9 +117,9 @@ def evaluate_run(
     return comparison
 
 
-def _merged(folder: RunFolder, beside: Any) -> Any:
-    """A run's merged model, in the precision and on the device of another one."""
-    return load_model(folder.path / "merged", dtype=beside.dtype).to(beside.device)
+def _made(place: Path, beside: Any) -> contextlib.nullcontext[Any]:
+    """A run's merged or quantised model, in the precision and on the device of another one."""
+    return contextlib.nullcontext(load_model(place, dtype=beside.dtype).to(beside.device))
 
 
 def _other_template(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -1,8 +1,8 @@
 """The run folder: what may be written where, what it says of itself, and how a finished run is told from half of one.
 
 ``recipe.yaml`` (resolved), ``manifest.json`` (status, versions, seed, hashes), ``preflight.json``, ``metrics.jsonl``,
-``rejects.jsonl``, ``checkpoints/step-N/``, ``adapter/`` or ``model/``, ``merged/``, ``evaluation/*.json``,
-``report.html``, ``report.json`` and ``report.md``.
+``rejects.jsonl``, ``checkpoints/step-N/``, ``adapter/`` or ``model/``, ``merged/``, ``int8/`` and other quantised
+models, ``evaluation/*.json``, ``report.html``, ``report.json`` and ``report.md``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from luthier.errors import UserError
 
+QUANTIZED = ("int8", "int4", "nf4", "float16", "bfloat16")
+"""Folders of a run's quantised models."""
 _OURS = (
     "recipe.yaml",
     "manifest.json",
@@ -26,6 +28,7 @@ _OURS = (
     "adapter",
     "model",
     "merged",
+    *QUANTIZED,
     "evaluation",
     "report.html",
     "report.json",

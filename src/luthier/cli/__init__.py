@@ -24,9 +24,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one message on stderr and exit code 2."""
-    from luthier.cli import commands, data, evaluation, publishing, serving
+    from luthier.cli import commands, data, evaluation, publishing, quantizing, serving
 
-    assert commands.app is evaluation.app is serving.app is publishing.app is app
+    verbs = (commands, evaluation, publishing, quantizing, serving)
+    assert all(module.app is app for module in verbs)
     if not app.registered_groups:
         app.add_typer(data.app)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

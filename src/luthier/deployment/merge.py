@@ -155,17 +155,22 @@ def _merge(
     return report
 
 
-def claim(target: Path) -> None:
-    """Only an empty folder or an earlier merge is written over.
+def claim(target: Path, record: str = RECORD, what: str = "merge") -> None:
+    """Only an empty folder or an earlier hand-over of the same kind is written over.
+
+    Args:
+        target: the folder.
+        record: the file that such a hand-over leaves.
+        what: its kind, for the message.
 
     Raises:
         UserError: the folder is another.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{str(target)!r} is a file", remedy="name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
         raise UserError(
-            f"{str(target)!r} is not empty and holds no earlier merge",
+            f"{str(target)!r} is not empty and holds no earlier {what}",
             remedy="name another folder; nothing was touched",
         )
 

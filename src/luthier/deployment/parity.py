@@ -135,9 +135,9 @@ def left_behind(
         prompts: rendered texts.
         limit: see :func:`limit_of`.
     """
-    reasons = _tokens_differ(tokenizer, travelled, prompts, limit, targets=head.pairs)
+    reasons = tokens_differ(tokenizer, travelled, prompts, limit, targets=head.pairs)
     if head.writes or head.pairs:
-        reasons += _stops_missing(candidate, travelled, head)
+        reasons += stops_missing(candidate, travelled, head)
     if Head.of(candidate).classes != head.classes:
         reasons.append("the classes' names or numbers were lost")
     return reasons
@@ -321,7 +321,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit:
     return [tokenizer(p, truncation=True, max_length=limit).input_ids for p in prompts]
 
 
-def _tokens_differ(
+def tokens_differ(
     tokenizer: PreTrainedTokenizerBase,
     travelled: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -359,7 +359,8 @@ def _tokens_differ(
     return reasons
 
 
-def _stops_missing(candidate: Any, tokenizer: PreTrainedTokenizerBase, head: Head) -> list[str]:
+def stops_missing(candidate: Any, tokenizer: PreTrainedTokenizerBase, head: Head) -> list[str]:
+    """Whether a model's own generation config does not stop where an answer ends."""
     eos = getattr(candidate.generation_config, "eos_token_id", None)
     known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     ends = end_of_turn_ids(tokenizer) if head.writes else [tokenizer.eos_token_id]

@@ -10,6 +10,7 @@ import torch
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.loading import training_dtype
 from luthier.models.memory import free_memory
+from luthier.models.packed import compute_in, packed_layers
 
 # The share of free memory that weights may take more of.
 _SHARE = 0.5
@@ -41,4 +42,5 @@ def place_to_answer(model: Any, dtype: torch.dtype | None = None) -> None:
     elif dtype is None and training_dtype("auto", device) is torch.float32:
         halves = sum(p.nbytes for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16))
         if halves < _SHARE * free_memory(device):
-            model.float()
+            # Weights in 8 or 4 bits stay as they are.
+            compute_in(model, torch.float32) if packed_layers(model) else model.float()

@@ -118,7 +118,11 @@ def _parts(model: Any) -> tuple[bytes, list[tuple[str, torch.Tensor]]]:
             if around is not None and not own.startswith(("base_layer.", "original_module.")):
                 continue
             plain = name.replace(".base_layer", "").replace(".original_module", "")
-            tensors.append((plain, tensor))
+            # A matrix that torchao holds consists of several.
+            for part in getattr(tensor, "tensor_data_names", ()):
+                tensors.append((f"{plain}.{part}", getattr(tensor, part)))
+            if not hasattr(tensor, "tensor_data_names"):
+                tensors.append((plain, tensor))
     return b"".join(settings), tensors
 
 

@@ -16,6 +16,7 @@ from luthier.errors import UserError
 from luthier.models.catalogue import CATALOGUE, embedded_model_folder
 from luthier.models.fingerprint import fingerprint
 from luthier.models.heads import Head, fresh_modules, modules_of
+from luthier.models.packed import compute_in, library_of, load_torchao_quietly, require_library
 from luthier.models.pairs import set_opening
 from luthier.models.quantized import Quantization, QuantizedFrom, require_bitsandbytes, settle
 
@@ -132,7 +133,7 @@ def load_model(
 
     Args:
         name: embedded name, folder, GGUF file or hub id.
-        dtype: precision of the weights; None: as stored.
+        dtype: precision of the weights, or of the products where they are stored in 8 or 4 bits; None: as stored.
         revision: branch, tag or commit of a hub model.
         quantization: how its linear layers' weights are held; None: as they are.
         head: what stands on its body; None: what it was saved with, the head of a causal language model as a rule.
@@ -142,6 +143,7 @@ def load_model(
     Raises:
         UserError: nothing is found under that name, its files are incomplete, or it can have no such head.
     """
+    load_torchao_quietly()
     from transformers import GgufConfig
 
     place, options = _place(resolve_model(name), revision)
@@ -157,14 +159,17 @@ def load_model(
         _require_masked(name, load_config(name, revision=revision))
     if quantization is not None:
         return _quantized(name, place, options, dtype, revision, quantization, head)
+    packed_by = None
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    elif (packed_by := library_of(load_config(name, revision=revision))) is not None:
+        require_library(packed_by, str(name))
     if offload_folder is not None:
         options |= {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
     with _explained(name), without_bars(), _quiet(head):
         model, told = head.loader().from_pretrained(
             place,
-            dtype=dtype or "auto",
+            dtype="auto" if packed_by else dtype or "auto",
             output_loading_info=True,
             # A classifier of other classes gives its body.
             ignore_mismatched_sizes=head.classes is not None,
@@ -178,6 +183,8 @@ def load_model(
     elif Path(place).is_dir():
         # An adapter's config names its base by this: an absolute path is found from any working folder.
         model.name_or_path = str(Path(place).resolve())
+    if packed_by is not None and dtype is not None:
+        compute_in(model, dtype)
     return model.eval()
 
 

@@ -1,0 +1,161 @@
+"""What fewer bits cost: size, tokens a second, perplexity and exact match of one model in several precisions.
+
+Each kind is made by `quantize_model`, behind its parity gate, and answers the quickstart's held-out rows as any user of
+its folder would be answered; all kinds take turns, row by row, in one process. Rows of the table come from functions
+(`SOURCES`), each of which yields sides that can be asked: another runtime's kinds are one more function.
+
+    python benchmarks/quantisation_table.py --model runs/records --rows 40
+    python benchmarks/quantisation_table.py --model smollm2 --rows 8 --only int8,nf4 --json quantisation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.data.chats import ChatEncoder
+from luthier.data.examples import TrainingExample
+from luthier.data.loader import load_file
+from luthier.data.render import Renderer
+from luthier.deployment.footprint import folder_bytes
+from luthier.deployment.quantize import quantize_model
+from luthier.errors import UserError
+from luthier.evaluation.generation import generate_answers
+from luthier.evaluation.metrics import score
+from luthier.evaluation.perplexity import perplexity_of_examples
+from luthier.evaluation.question import Question, ask
+from luthier.methods.answering import load_to_answer
+
+ROWS = Path(__file__).parent.parent / "examples" / "records" / "test.jsonl"
+RUN = Path(__file__).parent.parent / "runs" / "records"
+KINDS = ("float32", "bfloat16", "int8", "int4", "nf4")
+
+
+@dataclass(slots=True)
+class Side:
+    """A row of the table: one kind, loaded and ready to be asked."""
+
+    kind: str
+    bytes: int
+    computed_in: str
+    """Precision of the products."""
+    answer: Callable[[str], tuple[str, int]]
+    """A rendered prompt's greedy answer, and of how many tokens it is."""
+    perplexity: float | None
+    """Of the right answers; None where the runtime does not tell."""
+    said: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def transformers_kinds(
+    model: str, kinds: Sequence[str], examples: list[TrainingExample], folder: Path, limit: int
+) -> Iterator[Side]:
+    """The kinds that transformers loads. float32 is bfloat16's folder without its rounding: the weights of a base that
+    is stored in bfloat16 are the same in both."""
+    for kind in kinds:
+        print(f"{kind}: writing, loading again, comparing", file=sys.stderr, flush=True)
+        stored = "bfloat16" if kind == "float32" else kind
+        place = folder / stored
+        if not place.is_dir():
+            quantize_model(model, place, stored, data=examples, max_rows=1)
+        yield loaded(kind, place, examples, limit, torch.float32 if kind == "float32" else None)
+
+
+def loaded(kind: str, place: Path, examples: list[TrainingExample], limit: int, dtype: torch.dtype | None) -> Side:
+    """A folder's model, as any user of it would be answered."""
+    saved = load_to_answer(place, dtype=dtype)
+    renderer = Renderer(saved.tokenizer, train_on="last_answer", allow_special_tokens=True)
+    encoded = ChatEncoder(renderer).encode(examples).examples
+    # No folder holds float32: its weights as they lie in memory.
+    size = folder_bytes(place) if dtype is None else sum(p.nbytes for p in saved.model.parameters())
+
+    def answer(prompt: str) -> tuple[str, int]:
+        said = generate_answers(saved.model, saved.tokenizer, [prompt], max_new_tokens=limit)[0]
+        return said.text, len(said.token_ids)
+
+    computed_in = str(saved.model.dtype).removeprefix("torch.")
+    return Side(kind, size, computed_in, answer, perplexity_of_examples(saved.model, encoded).perplexity)
+
+
+Source = Callable[[str, Sequence[str], list[TrainingExample], Path, int], Iterator[Side]]
+SOURCES: list[Source] = [transformers_kinds]
+
+
+def ask_all(sides: list[Side], questions: list[Question]) -> None:
+    """Every question to every side in turn, so that a busy machine is busy for all of them."""
+    for number, question in enumerate(questions, 1):
+        for side in sides:
+            if number == 1:
+                side.answer(question.prompt)  # fills caches
+            begin = time.perf_counter()
+            text, tokens = side.answer(question.prompt)
+            side.seconds += time.perf_counter() - begin
+            side.tokens += tokens
+            side.said.append(text)
+        print(f"\r{number} of {len(questions)} rows answered by all", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def row(side: Side, questions: list[Question]) -> dict[str, Any]:
+    """What a row of the table says."""
+    return {
+        "kind": side.kind,
+        "megabytes": side.bytes / 1e6,
+        "tokens_per_second": side.tokens / side.seconds,
+        "perplexity": side.perplexity,
+        "exact_match": score(side.said, [q.references for q in questions])["exact_match"],
+        "computed_in": side.computed_in,
+    }
+
+
+def line(told: dict[str, Any]) -> str:
+    """A row of the table, as Markdown."""
+    perplexity = "" if told["perplexity"] is None else f"{told['perplexity']:.4g}"
+    return (
+        f"| {told['kind']} | {told['megabytes']:,.1f} | {told['tokens_per_second']:.2f} | {perplexity} "
+        f"| {told['exact_match']:.1%} | {told['computed_in']} |"
+    )
+
+
+def main() -> None:
+    """Measure every kind in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(RUN) if RUN.is_dir() else "smollm2", help="run, folder or embedded name")
+    parser.add_argument("--data", type=Path, default=ROWS)
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", help=f"of {','.join(KINDS)}; default: all")
+    parser.add_argument("--json", type=Path, help="write all numbers there")
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    examples = load_file(a.data).examples[: a.rows]
+    kinds = a.only.split(",") if a.only else list(KINDS)
+    tokenizer = load_to_answer(a.model).tokenizer
+    questions = [ask(tokenizer, e, n) for n, e in enumerate(examples, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [s for make in SOURCES for s in make(a.model, kinds, examples, Path(folder), a.max_new_tokens)]
+        ask_all(sides, questions)
+    found = [row(side, questions) for side in sides]
+    print(f"{a.model}, {len(examples)} rows of {a.data.name}, {a.threads} threads\n")
+    print("| kind | MB | tokens/s | perplexity | exact match | computed in |\n|---|---|---|---|---|---|")
+    print(*map(line, found), sep="\n")
+    if a.json:
+        a.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
