@@ -24,9 +24,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one message on stderr and exit code 2."""
-    from luthier.cli import commands, data, evaluation, serving
+    from luthier.cli import commands, data, evaluation, exporting, serving
 
-    assert commands.app is evaluation.app is serving.app is app
+    assert commands.app is evaluation.app is exporting.app is serving.app is app
     if not app.registered_groups:
         app.add_typer(data.app)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

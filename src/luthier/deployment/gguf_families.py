@@ -106,7 +106,11 @@ def family_of(config: Any, where: str) -> Family:
 def heads_of(config: Any) -> tuple[int, int, int]:
     """Heads of the queries, of the keys, and the width of one."""
     heads = int(config.num_attention_heads)
-    return heads, int(config.num_key_value_heads or heads), int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return (
+        heads,
+        int(config.num_key_value_heads or heads),
+        int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+    )
 
 
 def permute(rows: torch.Tensor, heads: int) -> torch.Tensor:
