@@ -3,8 +3,8 @@
     python benchmarks/gguf_parity.py [MODEL] [--data gsm8k_test.jsonl] [--questions 100] [--kinds f16,q8_0]
 
 Prints, for each kind: size, how far llama.cpp's log-probabilities lie from those of the file's own weights in
-transformers (float32), how far these lie from the exported model's, and the share of greedy answers that are the same to
-the last of 24 tokens.
+transformers (float32), how far these lie from the exported model's, and the share of greedy answers that are the same
+to the last of 24 tokens.
 """
 
 from __future__ import annotations

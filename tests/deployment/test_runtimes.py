@@ -136,3 +136,26 @@ def test_an_export_records_what_it_measured(tmp_path, terse_model_dir):
     (tmp_path / "used" / "mine").write_text("kept")
     with pytest.raises(UserError, match="not empty"):
         export_gguf(terse_model_dir, tmp_path / "used", kind="f16")
+
+
+def test_a_lora_leaves_as_a_file_beside_its_base(tmp_path, terse_model_dir, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    from luthier.deployment import gguf_writing
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
+    tuned = get_peft_model(load_model(terse_model_dir, dtype=torch.float32), config)
+    for name, value in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    tuned.save_pretrained(tmp_path / "lora")
+    load_tokenizer(terse_model_dir).save_pretrained(tmp_path / "lora")
+    made = export_gguf(tmp_path / "lora", tmp_path / "out", kind="q8_0", adapter=True, prompts=PROMPTS)
+    assert [file.name for file in made.files] == ["base-q8_0.gguf", "adapter.gguf", "Modelfile"]
+    assert "ADAPTER ./adapter.gguf" in made.files[-1].read_text()
+    own = gguf_writing._scale
+    monkeypatch.setattr(gguf_writing, "_scale", lambda *asked: 0.9 * own(*asked))
+    with pytest.raises(UserError, match="log-probability"):
+        export_gguf(tmp_path / "lora", tmp_path / "short", kind="q8_0", adapter=True, prompts=PROMPTS)
+    assert not (tmp_path / "short").exists()

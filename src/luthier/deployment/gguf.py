@@ -141,7 +141,7 @@ def _with_adapter(path: str | Path, aside: Path, work: Path, kind: str, prompts:
     """A base and its LoRA: writes both, and what the gate says of them.
 
     What a LoRA changes can be less than what llama.cpp's arithmetic costs in 8 or 4 bits, where nobody could say
-    whether it is right. It is asked beside the base in float16, too.
+    whether it is right. It is held against the base in float32, which is written for that alone.
     """
     adapter = AdapterFolder.read(path)
     lora = write_adapter_gguf(path, aside / "adapter.gguf")
@@ -150,17 +150,14 @@ def _with_adapter(path: str | Path, aside: Path, work: Path, kind: str, prompts:
     saved = load_saved(path, dtype=torch.float32)
     stops = stop_tokens(saved.model, saved.tokenizer)
     _write_modelfile(aside, file, saved.tokenizer, stops, adapter=lora)
-    fine = file if kind in ("f32", "f16") else write_gguf(folder, work / "base-f16.gguf", "f16")
-    fine_kind = kind if fine is file else "f16"
-    ids = token_ids(saved.tokenizer, prompts, None)
-    noise = arithmetic_noise(saved.model, fine_kind, ids)
+    fine = file if kind == "f32" else write_gguf(folder, work / "base-f32.gguf", "f32")
     with LlamaCppRuntime(fine, adapter=lora) as runtime:
         report = check_runtime(
             saved.model,
             runtime,
             saved.tokenizer,
             prompts,
-            noise=noise,
+            noise={},
             base=saved.model,
             stops=stops,
             name=f"GGUF {kind} with adapter",
