@@ -172,6 +172,41 @@ def _prompts(folder: RunFolder) -> list[str]:
     return task.parity_texts(prepare(recipe, tokenizer), tokenizer)
 
 
+def held_out_prompts(path: str | Path) -> list[str] | None:
+    """Rendered held-out rows of a run, for the gate of what is made from it; None where there are none to be read.
+
+    Args:
+        path: a run, adapter or model folder.
+    """
+    if not RunFolder(Path(path).expanduser()).manifest:
+        return None
+    return _prompts(RunFolder.of(path)) or None
+
+
+def model_to_serve(path: str | Path, output: Path) -> tuple[Path, ParityReport | None]:
+    """A folder of plain weights: the one that there is, or ``output``, where an adapter is merged.
+
+    Args:
+        path: a run, adapter or model folder.
+        output: where a merged model is written.
+
+    Returns:
+        the folder, and what the gate says of the merge, if there was one.
+
+    Raises:
+        UserError: there is no model, or the merged one answers otherwise.
+    """
+    own = Path(path).expanduser()
+    if (own / "config.json").is_file():
+        return own, None
+    if not RunFolder(own).manifest:
+        return output, merge_adapter(own, output)
+    folder = RunFolder.of(own)
+    if (folder.saved / "config.json").is_file():
+        return folder.saved, None
+    return merge_saved(own, output)
+
+
 @dataclass(frozen=True, slots=True)
 class CombineResult:
     """What :func:`combine_saved` has made."""

@@ -13,15 +13,15 @@ from luthier.errors import UserError
 from luthier.models.loading import load_model, load_tokenizer
 
 TEXT = "def tiny_llama(folder: Path, tokenizer) -> Path:\n    return 12345 + folder  # it's real\n"
-SIZES = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.3,
-)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+}
 SCALED = {"rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = SCALED | {
     "rope_type": "llama3",
@@ -106,3 +106,92 @@ def test_llama_cpp_computes_each_family_as_transformers_does(name, tmp_path, ter
     written = stored_model(file, folder).state_dict()
     for key, value in model.state_dict().items():
         assert torch.allclose(written[key], value, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"layers.1.mlp.down_proj": 16}},
+    ],
+)
+def test_a_lora_beside_its_base_answers_as_in_peft(options, tmp_path, terse_model_dir, terse_tokenizer):
+    tuned = tuned_lora(terse_model_dir, tmp_path / "adapter", **options)
+    base = write_gguf(terse_model_dir, tmp_path / "base.gguf", "f32")
+    lora = write_adapter_gguf(tmp_path / "adapter", tmp_path / "lora.gguf")
+    ids = terse_tokenizer(TEXT).input_ids
+    ours = log_probabilities(tuned, ids)[-4:]
+    with tuned.disable_adapter():
+        moved = distance([log_probabilities(tuned, ids)[-4:]], [ours])["mean"]
+    with LlamaCppRuntime(base, adapter=lora, threads=1) as runtime:
+        theirs = next_tokens(runtime, ids)
+    assert distance([ours], [theirs])["mean"] < 1e-3 < 0.05 < moved
+
+
+def tuned_lora(base, folder, **options):
+    """A PEFT model with random matrices, saved as an adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(load_model(base, dtype=torch.float32), config).eval()
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.05)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"bias": "lora_only"}, "biases"),
+    ],
+)
+def test_adapters_that_llama_cpp_has_no_place_for_are_refused(options, named, tmp_path, terse_model_dir):
+    tuned_lora(terse_model_dir, tmp_path / "adapter", **options)
+    with pytest.raises(UserError, match=named) as refused:
+        write_adapter_gguf(tmp_path / "adapter", tmp_path / "lora.gguf")
+    assert "merge it first" in str(refused.value)
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_each_kind_is_smaller_and_coarser_than_the_one_before(tmp_path, terse_model_dir):
+    weight = load_model(terse_model_dir, dtype=torch.float32).state_dict()["model.layers.0.mlp.up_proj.weight"]
+    sizes, apart = [], []
+    for kind in KINDS:
+        file = write_gguf(terse_model_dir, tmp_path / f"{kind}.gguf", kind)
+        read = stored_model(file, terse_model_dir).state_dict()["model.layers.0.mlp.up_proj.weight"]
+        sizes.append(file.stat().st_size)
+        apart.append(float((read - weight).norm() / weight.norm()))
+    f32, bf16, f16, q8_0, q4_0 = sizes
+    assert f32 > bf16 == f16 > q8_0 > q4_0
+    assert apart[0] == 0
+    assert apart[2] < apart[1] < apart[3] < apart[4] < 0.12
+
+
+def test_what_cannot_be_written_is_refused_by_name(tmp_path, terse_model_dir, terse_tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(UserError, match="q4_k_m") as refused:
+        write_gguf(terse_model_dir, tmp_path / "a.gguf", "q4_k_m")
+    assert "q8_0" in str(refused.value)
+    GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="gpt2"):
+        write_gguf(tmp_path / "gpt2", tmp_path / "a.gguf", "f16")
+    sliding = tiny(tmp_path / "w", terse_tokenizer, "Qwen2ForCausalLM", {"use_sliding_window": True})
+    with pytest.raises(UserError, match="sliding"):
+        write_gguf(sliding, tmp_path / "a.gguf", "f16")
+    dynamic = tiny(
+        tmp_path / "d", terse_tokenizer, "LlamaForCausalLM", {"rope_parameters": SCALED | {"rope_type": "dynamic"}}
+    )
+    with pytest.raises(UserError, match="dynamic"):
+        write_gguf(dynamic, tmp_path / "a.gguf", "f16")
+    (dynamic / "model.safetensors").write_bytes(b"none")
+    with pytest.raises(UserError, match="weights cannot be read"):
+        write_gguf(dynamic, tmp_path / "a.gguf", "f16")
+    assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*.gguf*"))

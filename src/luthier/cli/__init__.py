@@ -24,10 +24,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one message on stderr and exit code 2."""
-    from luthier.cli import commands, data, evaluation, publishing, quantizing, serving
+    from luthier.cli import commands, data, evaluation, exporting, publishing, quantizing, serving
 
-    verbs = (commands, evaluation, publishing, quantizing, serving)
-    assert all(module.app is app for module in verbs)
+    verbs = (commands, evaluation, exporting, publishing, quantizing, serving)
     if not app.registered_groups:
         app.add_typer(data.app)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

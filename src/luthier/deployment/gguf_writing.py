@@ -271,7 +271,7 @@ def write_adapter_gguf(adapter_folder: str | Path, target_file: str | Path) -> P
     from gguf import GGUFWriter
 
     adapter = AdapterFolder.read(adapter_folder)
-    _require_plain_lora(adapter)
+    require_plain_lora(adapter)
     config = load_config(adapter.base_name).get_text_config()
     family = family_of(config, adapter.base_name)
     alpha = float(adapter.config["lora_alpha"])
@@ -294,7 +294,7 @@ def write_adapter_gguf(adapter_folder: str | Path, target_file: str | Path) -> P
     return target
 
 
-def _require_plain_lora(adapter: AdapterFolder) -> None:
+def require_plain_lora(adapter: AdapterFolder) -> None:
     """Refuse what is more than two matrices beside each layer.
 
     Raises:
@@ -306,7 +306,7 @@ def _require_plain_lora(adapter: AdapterFolder) -> None:
         f"method {adapter.method.name} ({config.get('peft_type')})": config.get("peft_type") != "LORA"
         or len(adapter.parts) > 1,
         "DoRA": config.get("use_dora"),
-        f"an adapter that began as {start}, which changes its base,": start.startswith(
+        f"an adapter that began as {start}, which changes its base": start.startswith(
             ("pissa", "olora", "corda", "lora_ga")
         ),
         f"modules that were trained whole ({config.get('modules_to_save')})": config.get("modules_to_save"),
@@ -316,7 +316,7 @@ def _require_plain_lora(adapter: AdapterFolder) -> None:
     for what, holds in reasons.items():
         if holds:
             raise UserError(
-                f"llama.cpp has no adapters of this kind: {what} is no plain LoRA",
+                f"only a plain LoRA can be served beside its base, and this is {what}",
                 where=str(adapter.folder),
                 remedy="merge it first: export without --adapter",
             )

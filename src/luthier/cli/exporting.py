@@ -1,0 +1,124 @@
+"""The verb that hands a tuned model to other programs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier.cli import app
+from luthier.cli.common import open_console
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+    from rich.table import Table
+
+_FORMATS = ("gguf", "onnx", "safetensors")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run, adapter or model folder.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Argument(help="A new folder, or an earlier export's; RUN/FORMAT by default.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="gguf (llama.cpp, Ollama), onnx (onnxruntime) or safetensors (vLLM, SGLang).")
+    ] = "gguf",
+    kind: Annotated[str, typer.Option(help="Of a GGUF file's weights: f32, bf16, f16, q8_0 or q4_0.")] = "q8_0",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Leave a LoRA beside its base, in place of one merged model.")
+    ] = False,
+) -> None:
+    """Export a tuned model for another program, behind the parity gate of that program's own answers."""
+    if format not in _FORMATS:
+        raise UserError(f"there is no format {format!r}", where="--format", remedy=f"choose {', '.join(_FORMATS)}")
+    if adapter and format == "onnx":
+        raise UserError("ONNX files hold whole models", where="--adapter", remedy="leave it out: the adapter is merged")
+    {"gguf": _gguf, "onnx": _onnx, "safetensors": _safetensors}[format](
+        run, output or run / format, kind, adapter, open_console()
+    )
+
+
+def _gguf(run: Path, output: Path, kind: str, adapter: bool, console: Console) -> None:
+    from luthier.deployment.gguf import export_gguf
+    from luthier.deployment.parity import render_parity
+    from luthier.finished import held_out_prompts
+
+    made = export_gguf(run, output, kind=kind, adapter=adapter, prompts=held_out_prompts(run))
+    console.print(_sizes(made.sizes), render_parity(made.report))
+    weights, lora = made.files[0], " --lora " + shlex.quote(str(output / "adapter.gguf")) if adapter else ""
+    _say(
+        console,
+        f"exported to {output}",
+        f"llama.cpp:  llama-server -m {shlex.quote(str(weights))}{lora} --jinja",
+        f"Ollama:     cd {shlex.quote(str(output))} && ollama create NAME -f Modelfile && ollama run NAME",
+    )
+
+
+def _onnx(run: Path, output: Path, kind: str, adapter: bool, console: Console) -> None:
+    from luthier.deployment.onnx import export_onnx
+    from luthier.deployment.parity import render_parity
+    from luthier.finished import held_out_prompts
+
+    made = export_onnx(run, output, prompts=held_out_prompts(run))
+    console.print(_sizes(made.sizes), render_parity(made.report))
+    _say(console, f"exported to {output}", *(f"onnxruntime:  {file}" for file in made.files if file.suffix == ".onnx"))
+
+
+def _safetensors(run: Path, output: Path, kind: str, adapter: bool, console: Console) -> None:
+    from luthier.deployment.parity import render_parity
+    from luthier.finished import model_to_serve
+
+    if adapter:
+        from luthier.deployment.gguf_writing import require_plain_lora
+        from luthier.methods.saved import AdapterFolder
+
+        read = AdapterFolder.read(run)
+        require_plain_lora(read)
+        base, lora = shlex.quote(read.base_name), shlex.quote(str(read.folder))
+        rank = max([int(read.config["r"]), *map(int, (read.config.get("rank_pattern") or {}).values())])
+        _say(
+            console,
+            f"the adapter is served as it is, as the model `tuned`, beside its base {read.base_name}:",
+            f"vLLM:    vllm serve {base} --enable-lora --lora-modules tuned={lora} --max-lora-rank {_vllm_rank(rank)}",
+            f"SGLang:  python -m sglang.launch_server --model-path {base} --lora-paths tuned={lora}",
+        )
+        return
+    folder, report = model_to_serve(run, output)
+    if report is not None:
+        console.print(render_parity(report))
+    quoted = shlex.quote(str(folder))
+    _say(
+        console,
+        f"ready to serve: {folder}",
+        f"vLLM:    vllm serve {quoted}",
+        f"SGLang:  python -m sglang.launch_server --model-path {quoted}",
+    )
+
+
+def _vllm_rank(rank: int) -> int:
+    """vLLM makes room for adapters of these ranks."""
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
+def _sizes(sizes: Mapping[str, int]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="files", title_justify="left")
+    table.add_column("file")
+    table.add_column("MB", justify="right")
+    for name, size in sizes.items():
+        table.add_row(name, f"{size / 1e6:,.1f}")
+    return table
+
+
+def _say(console: Console, *lines: str) -> None:
+    # A command that wraps is no longer one that can be pasted.
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
