@@ -14,7 +14,7 @@ import torch
 
 from luthier.data.render import end_of_turn_ids
 from luthier.deployment.merge import PROMPTS, merge_model
-from luthier.deployment.onnx_graph import GRAPH, WEIGHTS, require_exportable, require_onnx, write_graph
+from luthier.deployment.onnx_graph import require_exportable, require_onnx, write_graph
 from luthier.deployment.onnx_runtime import OnnxRuntime
 from luthier.deployment.parity import FLOOR, MULTIPLE, ParityReport, limit_of, require, token_ids
 from luthier.deployment.runtimes import check_runtime
@@ -135,9 +135,7 @@ def check_export(
     return report
 
 
-def _check_scores(
-    reference: Any, runtime: OnnxRuntime, ids: Sequence[Sequence[int]], base: Any | None
-) -> ParityReport:
+def _check_scores(reference: Any, runtime: OnnxRuntime, ids: Sequence[Sequence[int]], base: Any | None) -> ParityReport:
     """Logits of a model that does not write: those of each place, or of the classes."""
     ours, theirs = [_scores(reference, i) for i in ids], [runtime.logits(i) for i in ids]
     apart = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)])

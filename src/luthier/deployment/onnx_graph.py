@@ -69,12 +69,21 @@ def write_graph(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         UserError: the model is of a kind that is not exported, or transformers' exporter fails on it.
     """
     require_exportable(model)
+    if not Head.of(model).writes:
+        # A decoder under a classifier's head would give back keys and values that nobody asks for.
+        model.config.use_cache = False
     inputs = _decoder_inputs(model) if Head.of(model).writes else _encoder_inputs(model, tokenizer)
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     try:
         with _quietly():
-            program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True)).program
+            # Guards on lengths that the traced ones happen to pass are dropped; the gate runs other lengths.
+            config = OnnxConfig(
+                dynamic=True,
+                dynamic_shapes=_free_lengths(inputs),
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            program = OnnxExporter().export(model, inputs, config).program
     except OSError:
         raise
     except Exception as error:  # whatever a tracer meets in a model's code
@@ -135,8 +144,22 @@ def _encoder_inputs(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "token_type_ids" in reads:
         inputs["token_type_ids"] = torch.zeros_like(ids)
-    # A decoder under a classifier's head would give back keys and values that nobody asks for.
-    return inputs | {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else inputs
+    return inputs
+
+
+def _free_lengths(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Which axes of each input are free. All layers' caches have one length: with one for each, the tracer would have
+    to find out that they are equal, which takes it a third longer. Other lengths may have a limit of the model's."""
+    from torch.export import Dim
+
+    batch, past = Dim("batch_size"), Dim("past_sequence_length")
+    free: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            free[name] = {0: Dim.AUTO, 1: Dim.AUTO}
+        else:
+            free[name] = [{0: batch, 2: past}] * (2 * len(value.layers))
+    return free
 
 
 def _rename(graph: Any) -> None:
@@ -162,8 +185,8 @@ def _rename(graph: Any) -> None:
 
 def _renamed(size: Any, symbols: dict[str, str]) -> int | str | None:
     """A dimension of a value's shape: a number, or an expression of free lengths."""
-    if isinstance(size, int) or size.value is None:
-        return size if isinstance(size, int) else None
+    if isinstance(size, int) or size.value is None or str(size).isdigit():
+        return int(str(size)) if str(size).isdigit() else None
     return re.sub(r"\bs\d+\b", lambda found: symbols.get(found[0], found[0]), str(size))
 
 
