@@ -35,3 +35,22 @@ def open_console(*, quiet: bool = False) -> Console:
 
     # A pipe or a log has no width of its own; 80 columns would break every table.
     return Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)
+
+
+def named(values: list[str] | None, where: str) -> dict[str, str]:
+    """Values of the form NAME=VALUE, by their names.
+
+    Raises:
+        UserError: one is of another form, or a name comes twice.
+    """
+    from luthier.errors import UserError
+
+    found: dict[str, str] = {}
+    for text in values or ():
+        name, given, value = text.partition("=")
+        if not (name and given and value):
+            raise UserError(f"{text!r} is not of the form NAME=FOLDER", where=where, remedy="write orders=runs/orders")
+        if name in found:
+            raise UserError(f"{name!r} comes twice", where=where, remedy="name them apart")
+        found[name] = value
+    return found

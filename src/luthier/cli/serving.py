@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli import app
-from luthier.cli.common import RunPath, open_console
+from luthier.cli.common import RunPath, named, open_console
 
 
 @app.command()
@@ -89,3 +89,55 @@ def combine(
     )
     console.print(render_combined(result, [str(run) for run in runs]), render_parity(result.parity))
     console.print(f"{'merged' if merge else 'combined'} into {output}", highlight=False)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="A run, adapter or model folder, or an embedded name.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of a further adapter of the same base; repeat.", show_default=False),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What requests call it; its folder's name by default.")] = None,
+    engine: Annotated[str, typer.Option(help="llamacpp, or transformers (slow, the reference).")] = "llamacpp",
+    kind: Annotated[str, typer.Option(help="Weights in llama.cpp: f32, bf16, f16, q8_0 or q4_0.")] = "f16",
+    host: Annotated[str, typer.Option(help="Beyond loopback only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key that requests must bring, or several: a,b.")
+    ] = None,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Folder of adapters that may be loaded while the server runs.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=8, help="Longest prompt with its answer, in tokens; the model's, at most 4,096.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Answers written or waiting; more get status 429.")] = 256,
+    max_body: Annotated[int, typer.Option(min=1024, help="Longest request, in bytes.")] = 2**20,
+    slots: Annotated[int, typer.Option(min=1, max=256, help="Answers written at once.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="That compute; one a core by default.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of requests that name none.")] = 0.0,
+) -> None:
+    """Serve a tuned model, its base and other adapters behind OpenAI's API, by the model's name in the request."""
+    from luthier.deployment.serving.run import serve as start
+
+    start(
+        str(model),
+        adapters=named(adapter, "--adapter"),
+        name=name,
+        engine=engine,
+        kind=kind,
+        host=host,
+        port=port,
+        api_key_env=api_key_env,
+        adapter_root=adapter_root,
+        max_model_len=max_model_len,
+        max_tokens=max_tokens,
+        max_requests=max_requests,
+        max_body=max_body,
+        slots=slots,
+        threads=threads,
+        temperature=temperature,
+        console=open_console(),
+    )

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 _MULTIPLES = {"mean": MULTIPLE, "kl": MULTIPLE**2, "max": 2 * MULTIPLE}
 PLACES = 4
 """Positions of each prompt at which the next token is compared: its end, and others before it at equal distances."""
+_READINGS = (
+    "In 2024, 12345 people paid $1,299.50 for 7 lamps.",
+    "It's what they'LL say: we're   DONE!\n\n\n  def f(x):\n\treturn x  # 100%\n",
+    "今天气温是25度，明天呢？Ça va très bien — naïve café, Ελληνικά, русский текст, हिन्दी, العربية 🙂👍🏽",
+)
+"""Texts that tokenizers which cut differently before they merge read as different tokens."""
 
 
 class Runtime(Protocol):
@@ -65,7 +71,7 @@ def check_runtime(
     name: str = "exported",
     max_new_tokens: int = 24,
 ) -> ParityReport:
-    """Compare a program's next tokens and answers with transformers'.
+    """Compare a program's reading, next tokens and answers with transformers'.
 
     Args:
         reference: the model that was tested; plain or PEFT.
@@ -89,7 +95,7 @@ def check_runtime(
     if not prompts:
         raise UserError("the parity gate has no prompt to ask", remedy="give at least one row")
     ids = token_ids(tokenizer, prompts, None)
-    reasons = _read_otherwise(runtime, prompts, ids)
+    reasons = _read_otherwise(runtime, tokenizer, prompts)
     places = [_places(len(i)) for i in ids]
     tuned = [log_probabilities(reference, i)[at] for i, at in zip(ids, places, strict=True)]
     kept = tuned if stored is None else [log_probabilities(stored, i)[at] for i, at in zip(ids, places, strict=True)]
@@ -108,6 +114,9 @@ def check_runtime(
     same = 0
     for i in ids:
         answer = runtime.greedy(i, max_new_tokens)
+        if passed := [token for token in answer if token in stops]:
+            reasons.append(f"it does not stop at {tokenizer.convert_ids_to_tokens(passed[0])!r}, which ends an answer")
+            break
         differs = _departs(stored if stored is not None else reference, i, answer, stops, max_new_tokens)
         same += differs is None
         if differs is not None and not differs <= bound["max"]:
@@ -131,13 +140,12 @@ def check_runtime(
     return ParityReport(name, not reasons, reasons, numbers, len(prompts))
 
 
-def _read_otherwise(runtime: Runtime, prompts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[str]:
-    for prompt, own in zip(prompts, ids, strict=True):
+def _read_otherwise(runtime: Runtime, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    for prompt in [*prompts, *_READINGS]:
         read = runtime.tokens(prompt)
         if read is None:
             return []
-        # Long prompts are compared by their last tokens.
-        if read != list(own) and (len(read) <= len(own) or read[-len(own) :] != list(own)):
+        if read != tokenizer(prompt, add_special_tokens=False).input_ids:
             return [f"{runtime.name} reads the same text as other tokens: {prompt[:60]!r}"]
     return []
 

@@ -73,12 +73,18 @@ def tool_calls(text: str) -> list[Call] | None:
     OpenAI's JSON, lists included. Arguments can be an object or its JSON text. Between tags a text has no quotes, so
     there "12345" and 12345 are the same.
     """
+    calls = written_calls(text)
+    return None if calls is None else sorted(calls)
+
+
+def written_calls(text: str) -> list[Call] | None:
+    """See :func:`tool_calls`; the calls in the order in which they are written."""
     try:
         if tagged := [match[1] for match in _TAGGED.findall(text)]:
-            return sorted(call for inside in tagged for call in _tagged_calls(inside))
+            return [call for inside in tagged for call in _tagged_calls(inside)]
         if begin := _BEGIN.search(text):
-            return sorted(_written_calls(_MARKS.sub("", text[begin.start() :])))
-        return sorted(_bare_calls(_MARKS.sub("", text)))
+            return _written_calls(_MARKS.sub("", text[begin.start() :]))
+        return _bare_calls(_MARKS.sub("", text))
     except (ValueError, RecursionError):
         return None
 

@@ -1,0 +1,311 @@
+"""From a run's folder to an engine that runs it, each export behind the parity gate and kept for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from luthier.data.render import prompt_text
+from luthier.deployment.adapters import AdapterSet
+from luthier.deployment.gguf_writing import write_adapter_gguf, write_gguf
+from luthier.deployment.llamacpp import LlamaCppRuntime, require_llamacpp
+from luthier.deployment.parity import ParityReport, render_parity, require
+from luthier.deployment.runtimes import check_runtime
+from luthier.deployment.serving.engine import Engine
+from luthier.deployment.serving.llamacpp import LlamaCppEngine
+from luthier.deployment.serving.reference import TransformersEngine
+from luthier.deployment.serving.requests import ApiError, Limits
+from luthier.deployment.serving.served import Served, ServedModel, require_name
+from luthier.errors import UserError
+from luthier.evaluation.generation import stop_tokens
+from luthier.methods.answering import load_to_answer
+from luthier.methods.saved import AdapterFolder, load_saved
+from luthier.models.heads import Head
+from luthier.models.loading import context_of, load_config, load_model, load_tokenizer, resolve_model
+from luthier.runfolder import cache_root
+from luthier.training.checkpoint import writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUESTIONS = ("What is the capital of France?", "Write a haiku about rain.", "用一句话介绍你自己。")
+"""What the gate asks, through each model's own chat template."""
+_GATE_CONTEXT = 2048
+NOISE: dict[str, dict[str, float]] = {"f32": {}, "f16": {}, "bf16": {}, "q8_0": {}, "q4_0": {}}
+_EXPORTER = 1
+"""Raised when files that were made before are no good any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What is to be served."""
+
+    base: str
+    """The name that loads the base, or the one model."""
+    base_name: str
+    """As requests call it."""
+    adapters: dict[str, AdapterFolder]
+    """By the names that requests call them."""
+
+    @classmethod
+    def of(cls, path: str, adapters: Mapping[str, str], name: str | None) -> Sources:
+        """Find out.
+
+        Args:
+            path: a run or adapter folder (its base is served as well), a model folder or an embedded name.
+            adapters: further ones on the same base, by name.
+            name: of what ``path`` holds; None: its folder's.
+
+        Raises:
+            UserError: a name is no good or there twice, a folder holds nothing, or two stand on different bases.
+        """
+        folder = Path(path).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / "model").is_dir():
+            first = AdapterFolder.read(folder)
+            base, own = first.base_name, {name or _name_of(folder): first}
+            base_name = Path(base).name
+        else:
+            base, own = str(folder / "model") if (folder / "model").is_dir() else path, {}
+            base_name = name or _name_of(folder)
+        sources = cls(base, base_name, own)
+        for other, place in adapters.items():
+            if other in sources.adapters:
+                raise UserError(f"two adapters are called {other!r}", where="--adapter", remedy="name them apart")
+            sources.adapters[other] = AdapterFolder.read(place)
+        sources._check()
+        return sources
+
+    def _check(self) -> None:
+        for name in (self.base_name, *self.adapters):
+            try:
+                require_name(name)
+            except ApiError as error:
+                raise UserError(error.message, where="--name", remedy="name it by --name") from None
+        if self.base_name in self.adapters:
+            raise UserError(
+                f"base and adapter are both called {self.base_name!r}", where="--name", remedy="name them apart"
+            )
+
+
+def _name_of(folder: Path) -> str:
+    resolved = folder.resolve()
+    return resolved.parent.name if resolved.name in ("adapter", "model", "merged") else resolved.name
+
+
+def serve_transformers(sources: Sources, limits: Limits, adapter_root: Path | None) -> Served:
+    """The models in transformers.
+
+    Raises:
+        UserError: they cannot be loaded, or not beside each other.
+    """
+    names = list(sources.adapters)
+    if not names:
+        saved = load_to_answer(sources.base)
+        _require_writing(saved.head, sources.base)
+        engine = TransformersEngine(saved, None, context=limits.context)
+        return Served(engine, limits, [ServedModel(sources.base_name, None, saved.tokenizer)])
+    folders = {name: adapter.folder for name, adapter in sources.adapters.items()}
+    models: Any
+    if len(names) == 1 and adapter_root is None:
+        models = load_to_answer(folders[names[0]])  # of any method, also those that no other can stand beside
+        _require_writing(models.head, str(folders[names[0]]))
+    else:
+        models = AdapterSet.load(folders)
+        _require_writing(Head.of(models.model), str(folders[names[0]]))
+    return _served(TransformersEngine(models, names[0], context=limits.context), sources, limits, adapter_root)
+
+
+def serve_llamacpp(
+    sources: Sources,
+    limits: Limits,
+    adapter_root: Path | None,
+    *,
+    kind: str,
+    slots: int,
+    threads: int | None,
+    console: Console,
+) -> Served:
+    """The models in llama.cpp, from files that are made where they are not there from an earlier start.
+
+    Raises:
+        UserError: a model cannot be written as GGUF, or the parity gate refuses what llama.cpp makes of it.
+    """
+    require_llamacpp()
+    files = _Files(sources, kind, console)
+    engine = LlamaCppEngine(
+        files.base(),
+        {name: files.adapter(adapter) for name, adapter in sources.adapters.items()},
+        context=limits.context,
+        slots=slots,
+        threads=threads,
+        convert=lambda folder: files.adapter(AdapterFolder.read(folder)),
+    )
+    files.forget()
+    return _served(engine, sources, limits, adapter_root)
+
+
+def _served(engine: Engine, sources: Sources, limits: Limits, adapter_root: Path | None) -> Served:
+    models = [ServedModel(sources.base_name, None, load_tokenizer(sources.base))]
+    for name, adapter in sources.adapters.items():
+        models.append(ServedModel(name, name, adapter.tokenizer(), sources.base_name))
+    return Served(engine, limits, models, adapter_root=adapter_root)
+
+
+def context_for(sources: Sources, wanted: int | None) -> int:
+    """Longest prompt with its answer: what is wanted, at most the model's own; 4,096 where nothing is.
+
+    Raises:
+        UserError: the model's is shorter.
+    """
+    most = context_of(load_config(sources.base), load_tokenizer(sources.base))
+    if wanted is not None and most is not None and wanted > most:
+        raise UserError(
+            f"this model reads {most:,} tokens", where=f"--max-model-len {wanted}", remedy=f"{most} at most"
+        )
+    return wanted or min(4096, most or 4096)
+
+
+class _Files:
+    """GGUF files of the base and of adapters, in the cache; the models they are held against load when needed."""
+
+    def __init__(self, sources: Sources, kind: str, console: Console) -> None:
+        self._sources, self._kind, self._console = sources, kind, console
+        self._folder = Path(resolve_model(sources.base))
+        if not self._folder.is_dir():
+            raise UserError(
+                f"{sources.base!r} is no folder of this machine",
+                remedy="download it and name its folder, or use --engine transformers",
+            )
+        self._cache = cache_root() / "serving"
+        self._fine: Any = None
+
+    def base(self) -> Path:
+        """The base's file."""
+        file = self._cache / f"{_key(self._folder, self._kind)}.gguf"
+
+        def held_against(made: Path) -> ParityReport:
+            reference, tokenizer = self._reference(), load_tokenizer(self._folder)
+            _require_writing(Head.of(reference), str(self._folder))
+            stops = stop_tokens(reference, tokenizer)
+            return self._gate(made, None, reference, self._stored(made), None, tokenizer, stops)
+
+        self._make(file, lambda made: write_gguf(self._folder, made, self._kind), held_against)
+        return file
+
+    def adapter(self, adapter: AdapterFolder) -> Path:
+        """An adapter's file.
+
+        Raises:
+            UserError: it stands on another base, its method has no GGUF form, or the parity gate refuses.
+        """
+        self._require_same_base(adapter)
+        base = self.base()
+        file = self._cache / f"{_key(adapter.folder, f'lora on {base.stem}')}.gguf"
+
+        def held_against(made: Path) -> ParityReport:
+            saved = load_saved(adapter.folder, dtype=torch.float32)
+            stored = self._stored(base)
+            if stored is not None:
+                stored = adapter.method.load(stored, adapter.folder).eval()
+            stops = stop_tokens(saved.model, saved.tokenizer)
+            return self._gate(base, made, saved.model, stored, saved.model, saved.tokenizer, stops)
+
+        self._make(file, lambda made: write_adapter_gguf(adapter.folder, made), held_against)
+        return file
+
+    def _make(self, file: Path, write: Callable[[Path], object], gate: Callable[[Path], ParityReport]) -> None:
+        """Write a file aside, hold it against its model, and name it when it passes; its record lies beside it."""
+        record = file.with_suffix(".json")
+        if record.is_file() and file.is_file():
+            return
+        self._console.print(f"writing {file.name}", highlight=False)
+        aside = file.with_suffix(".writing")
+        try:
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            write(aside)
+            report = gate(aside)
+            self._console.print(render_parity(report))
+            require(report)
+            with writing(file):
+                aside.replace(file)
+                record.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _gate(
+        self,
+        base: Path,
+        adapter: Path | None,
+        reference: Any,
+        stored: Any | None,
+        untuned: Any | None,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int],
+    ) -> ParityReport:
+        with LlamaCppRuntime(base, adapter=adapter, context=_GATE_CONTEXT) as runtime:
+            return check_runtime(
+                reference,
+                runtime,
+                tokenizer,
+                _prompts(tokenizer),
+                noise=NOISE[self._kind],
+                stored=stored,
+                base=untuned,
+                stops=stops,
+                name=f"llama.cpp's ({self._kind})",
+            )
+
+    def _stored(self, file: Path) -> Any | None:
+        """The weights of a file whose kind rounds them, in a transformers model."""
+        return load_model(str(file), dtype=torch.float32) if self._kind.startswith("q") else None
+
+    def forget(self) -> None:
+        """Let the models go that files were held against."""
+        self._fine = None
+
+    def _reference(self) -> Any:
+        if self._fine is None:
+            self._fine = load_model(self._folder, dtype=torch.float32)
+        return self._fine
+
+    def _require_same_base(self, adapter: AdapterFolder) -> None:
+        if adapter.quantization is not None:
+            raise UserError(
+                "it was trained beside a quantised base, which llama.cpp does not hold",
+                where=str(adapter.folder),
+                remedy="merge it (`luthier merge`) and serve the merged folder, or use --engine transformers",
+            )
+        other = Path(resolve_model(adapter.base_name))
+        if other.resolve() != self._folder.resolve():
+            raise UserError(
+                f"it was trained on {adapter.base_name!r}, not on {self._sources.base!r}",
+                where=str(adapter.folder),
+                remedy="serve it by a server of its own",
+            )
+
+
+def _require_writing(head: Head, where: str) -> None:
+    if not head.writes:
+        raise UserError("it holds no model that writes answers", where=where, remedy="use `luthier classify`")
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [prompt_text(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+def _key(folder: Path, kind: str) -> str:
+    """Of a folder's weights, settings and tokenizer, without reading the weights: names, sizes and times of change."""
+    digest = hashlib.sha256(f"{_EXPORTER} {kind}".encode())
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
