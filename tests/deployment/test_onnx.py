@@ -205,7 +205,7 @@ def scorer(request, tmp_path_factory, tiny_encoder_dir, words):
     labels = {"num_labels": 3, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     torch.manual_seed(0)
     if request.param == "decoder":
-        config = transformers.LlamaConfig(**tiny("llama").config.to_dict() | {"architectures": None}, **labels)
+        config = transformers.LlamaConfig(**tiny("llama").config.to_dict() | {"architectures": None} | labels)
         model, tokenizer = transformers.LlamaForSequenceClassification(config), words
     else:
         tokenizer = load_tokenizer(tiny_encoder_dir, chats=False)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # A divergence grows with the square of the difference.
 _MULTIPLES = {"mean": MULTIPLE, "kl": MULTIPLE**2, "max": 2 * MULTIPLE}
+_NAMES = NAMES | {"max": "the greatest |Δ log-probability|"}
 PLACES = 4
 """Positions of each prompt at which the next token is compared: its end, and others before it at equal distances."""
 _READINGS = (
@@ -108,7 +109,7 @@ def check_runtime(
     numbers = {f"candidate_{k}": v for k, v in apart.items()} | {f"bound_{k}": v for k, v in bound.items()}
     for key, most in bound.items():
         if not apart[key] <= most:
-            reasons.append(f"{NAMES[key]} is {apart[key]:.3g}; the bound is {most:.3g}")
+            reasons.append(f"{_NAMES[key]} is {apart[key]:.3g}; the bound is {most:.3g}")
     if stored is not None:
         numbers |= {f"precision_{k}": v for k, v in distance(tuned, kept).items()}
     same = 0
