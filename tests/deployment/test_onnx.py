@@ -73,7 +73,7 @@ def export_of(tmp_path_factory, words):
     return export
 
 
-@pytest.fixture(params=["llama", "qwen3", "gpt2"])
+@pytest.fixture(params=["llama", pytest.param("qwen3", marks=pytest.mark.slow), "gpt2"])
 def family(request, export_of):
     return export_of(request.param)
 
@@ -196,7 +196,7 @@ def test_an_adapter_that_learnt_nothing_is_refused_and_nothing_is_left(llama, tm
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
-@pytest.fixture(scope="module", params=["encoder", "decoder", "words"])
+@pytest.fixture(scope="module", params=["encoder", "decoder", pytest.param("words", marks=pytest.mark.slow)])
 def scorer(request, tmp_path_factory, tiny_encoder_dir, words):
     """Two classifiers and a model that fills in words."""
     import transformers

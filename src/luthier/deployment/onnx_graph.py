@@ -127,7 +127,8 @@ def _decoder_inputs(model: Any) -> dict[str, Any]:
     cache = DynamicCache()
     with torch.no_grad(), _quietly():
         model(input_ids=ids[:, :_PAST], use_cache=True, **{cache_name(model): cache})
-    if not all(getattr(layer, "keys", None) is not None and layer.keys.ndim == 4 for layer in cache.layers):
+    kept: list[Any] = [getattr(layer, "keys", None) for layer in cache.layers]  # [B, heads, L, head size] each
+    if not all(keys is not None and keys.ndim == 4 for keys in kept):
         raise UserError(
             f"{type(model).__name__} keeps another state than keys and values, which is not exported to ONNX",
             remedy="export it as GGUF, or serve the merged folder itself",
