@@ -26,7 +26,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message on stderr and exit code 2."""
     from luthier.cli import commands, data, evaluation, exporting, publishing, quantizing, serving
 
-    verbs = (commands, evaluation, exporting, publishing, quantizing, serving)
+    assert all(verbs.app is app for verbs in (commands, evaluation, exporting, publishing, quantizing, serving))
     if not app.registered_groups:
         app.add_typer(data.app)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
