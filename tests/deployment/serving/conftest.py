@@ -61,14 +61,14 @@ class Running:
     root: Path
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, timeout=300)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx2.Response:
         kind = {"content": body} if isinstance(body, bytes) else {"json": body}
-        return httpx2.post(self.url + path, timeout=60, **kind, **more)
+        return httpx2.post(self.url + path, timeout=300, **kind, **more)
 
     def get(self, path: str, **more: Any) -> httpx2.Response:
-        return httpx2.get(self.url + path, timeout=60, **more)
+        return httpx2.get(self.url + path, timeout=300, **more)
 
 
 @contextmanager
