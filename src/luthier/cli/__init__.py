@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -30,6 +31,9 @@ def main() -> None:
     if not app.registered_groups:
         app.add_typer(data.app)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where torchao is installed, PEFT imports it whenever it is imported itself; it warns of kernels for GPUs.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from luthier.data.render import prompt_text
+from luthier.deployment.serving.engine import Ask
+from luthier.errors import UserError
 from luthier.evaluation.generation import generate_answers
 from luthier.methods.saved import load_saved
 
@@ -210,6 +212,11 @@ def test_adapters_come_and_go(server, adapters, tmp_path):
     for name in ("../x", "", "a/b", "a\nb", "x" * 65, ".hidden"):
         reply = server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "terse"})
         assert reply.status_code == 400, name
+
+
+def test_an_adapter_that_is_gone_is_not_answered_by_the_base(server):
+    with pytest.raises(UserError):
+        server.api.served.engine.write("gone", Ask((1, 2, 3), 2), lambda piece: False)
 
 
 def ask_status(server, model):

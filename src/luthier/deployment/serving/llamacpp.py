@@ -110,6 +110,8 @@ class LlamaCppEngine:
     def write(self, adapter: str | None, ask: Ask, put: Put) -> None:
         """See :class:`~luthier.deployment.serving.engine.Engine`."""
         with self._in_use() as loaded:
+            if adapter is not None and adapter not in loaded.numbers:
+                raise UserError(f"the adapter {adapter!r} was unloaded", remedy="load it again")
             # All are named: of those that are not, llama.cpp takes what the last answer in the same place had.
             chosen = [{"id": k, "scale": float(name == adapter)} for name, k in loaded.numbers.items()]
             failure: list[str] = []

@@ -83,6 +83,8 @@ class Sources:
         return sources
 
     def _check(self) -> None:
+        for adapter in self.adapters.values():
+            require_same_base(adapter, self.base)
         for name in (self.base_name, *self.adapters):
             try:
                 require_name(name)
@@ -92,6 +94,21 @@ class Sources:
             raise UserError(
                 f"base and adapter are both called {self.base_name!r}", where="--name", remedy="name them apart"
             )
+
+
+def require_same_base(adapter: AdapterFolder, base: str) -> None:
+    """Refuse an adapter of another base.
+
+    Raises:
+        UserError: it is.
+    """
+    ours, theirs = (Path(resolve_model(name)).expanduser() for name in (base, adapter.base_name))
+    if ours != theirs and ours.resolve() != theirs.resolve():
+        raise UserError(
+            f"it was trained on {adapter.base_name!r}, not on {base!r}",
+            where=str(adapter.folder),
+            remedy="serve it by a server of its own",
+        )
 
 
 def _name_of(folder: Path) -> str:
@@ -207,7 +224,13 @@ class _Files:
         Raises:
             UserError: it stands on another base, its method has no GGUF form, or the parity gate refuses.
         """
-        self._require_same_base(adapter)
+        require_same_base(adapter, self._sources.base)
+        if adapter.quantization is not None:
+            raise UserError(
+                "it was trained beside a quantised base, which llama.cpp does not hold",
+                where=str(adapter.folder),
+                remedy="merge it (`luthier merge`) and serve the merged folder, or use --engine transformers",
+            )
         fine = self._kind if self._kind in ("f32", "f16") else "f16"
         base = self.base(fine)
         file = self._cache / f"{_key(adapter.folder, f'lora on {base.stem}')}.gguf"
@@ -238,21 +261,6 @@ class _Files:
                 record.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         finally:
             aside.unlink(missing_ok=True)
-
-    def _require_same_base(self, adapter: AdapterFolder) -> None:
-        if adapter.quantization is not None:
-            raise UserError(
-                "it was trained beside a quantised base, which llama.cpp does not hold",
-                where=str(adapter.folder),
-                remedy="merge it (`luthier merge`) and serve the merged folder, or use --engine transformers",
-            )
-        other = Path(resolve_model(adapter.base_name))
-        if other.resolve() != self._folder.resolve():
-            raise UserError(
-                f"it was trained on {adapter.base_name!r}, not on {self._sources.base!r}",
-                where=str(adapter.folder),
-                remedy="serve it by a server of its own",
-            )
 
 
 def _gate(
