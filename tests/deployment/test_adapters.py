@@ -273,3 +273,30 @@ def test_the_command_line_combines(two, tmp_path, monkeypatch, capsys):
     assert luthier(monkeypatch, "combine", *runs, "--weights", "1,1", "-o", out) == 2
     assert "is not empty" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_lora_on_fused_experts_is_merged(tokenizer, tmp_path):
+    import transformers
+
+    from luthier.deployment.merge import merge_adapter
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = tuned(tmp_path / "adapter", tmp_path / "base", r=4, lora_dropout=0.0)
+    report = merge_adapter(adapter, tmp_path / "merged")
+    assert report.numbers["tuning_mean"] > 0.1
+    tuned_model = load_saved(adapter, dtype=torch.float32).model
+    assert torch.allclose(logits(load_model(tmp_path / "merged"), tokenizer), logits(tuned_model, tokenizer), atol=1e-3)

@@ -401,7 +401,12 @@ def _jitter(model: Any, dtype: torch.dtype) -> None:
 
     Those are the weights under an adapter, or all matrices where there is none. The variance is that of rounding.
     """
-    adapted = [m.base_layer.weight for m in model.modules() if hasattr(m, "base_layer")]
+    # Around fused experts (PEFT's ParamWrapper) the adapted weight is a parameter of another name.
+    adapted = [
+        m.get_param() if hasattr(m, "get_param") else m.base_layer.weight
+        for m in model.modules()
+        if hasattr(m, "base_layer")
+    ]
     generator = torch.Generator().manual_seed(0)
     for weight in adapted or [p for p in model.parameters() if p.ndim >= 2]:
         jitter(weight, dtype, generator)
