@@ -52,7 +52,8 @@ class LlamaCppRuntime:
         file: the GGUF file.
         adapter: a GGUF adapter that is applied to it.
         context: longest text, in tokens.
-        threads: of the computation.
+        threads: of the computation; None: as many as torch uses. More than there are free cores cost far more than
+            they give, as they wait for each other at every matrix.
 
     Raises:
         UserError: llama.cpp is not installed or does not load the file.
@@ -61,7 +62,7 @@ class LlamaCppRuntime:
     name = "llama.cpp"
 
     def __init__(
-        self, file: str | Path, *, adapter: str | Path | None = None, context: int = 1024, threads: int = 2
+        self, file: str | Path, *, adapter: str | Path | None = None, context: int = 1024, threads: int | None = None
     ) -> None:
         require_llamacpp()
         import xllamacpp
@@ -72,7 +73,7 @@ class LlamaCppRuntime:
         params.model.path = str(file)
         params.hostnames = [str(self._socket)]
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.sampling.seed = 0
