@@ -52,7 +52,8 @@ class LlamaCppRuntime:
         file: the GGUF file.
         adapter: a GGUF adapter that is applied to it.
         context: longest text, in tokens.
-        threads: of the computation; None: as many as torch takes.
+        threads: of the computation; None: as many as torch uses. More than there are free cores cost far more than
+            they give, as they wait for each other at every matrix.
 
     Raises:
         UserError: llama.cpp is not installed or does not load the file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,9 +203,9 @@ class _Files:
             )
         self._cache = cache_root() / "serving"
 
-    def base(self, kind: str | None = None) -> Path:
-        """The base's file, in another kind than the server's where one is named."""
-        kind = kind or self._kind
+    def base(self) -> Path:
+        """The base's file."""
+        kind = self._kind
         file = self._cache / f"{_key(self._folder, kind)}.gguf"
 
         def held_against(made: Path) -> ParityReport:
@@ -218,8 +219,8 @@ class _Files:
         return file
 
     def adapter(self, adapter: AdapterFolder) -> Path:
-        """An adapter's file. In 8 or 4 bits, what an adapter changes can be less than what llama.cpp's arithmetic
-        costs, and nobody could say whether it is right: it is held against its model beside the base in float16.
+        """An adapter's file. What it changes can be less than what llama.cpp's arithmetic costs beside a coarse base,
+        and nobody could say whether it is right: it is asked beside the base in float32, written for that alone.
 
         Raises:
             UserError: it stands on another base, its method has no GGUF form, or the parity gate refuses.
@@ -231,13 +232,13 @@ class _Files:
                 where=str(adapter.folder),
                 remedy="merge it (`luthier merge`) and serve the merged folder, or use --engine transformers",
             )
-        fine = self._kind if self._kind in ("f32", "f16") else "f16"
-        base = self.base(fine)
-        file = self._cache / f"{_key(adapter.folder, f'lora on {base.stem}')}.gguf"
+        file = self._cache / f"{_key(adapter.folder, f'lora on {_key(self._folder, self._kind)}')}.gguf"
 
         def held_against(made: Path) -> ParityReport:
             saved = load_saved(adapter.folder, dtype=torch.float32)
-            return _gate(base, fine, saved.model, saved.tokenizer, adapter=made, base=saved.model)
+            with tempfile.TemporaryDirectory(dir=self._cache) as beside:
+                fine = write_gguf(self._folder, Path(beside) / "base-f32.gguf", "f32")
+                return _gate(fine, "f32", saved.model, saved.tokenizer, adapter=made, base=saved.model)
 
         self._make(file, lambda made: write_adapter_gguf(adapter.folder, made), held_against)
         return file
