@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.deployment.gguf import stored_model
+from luthier.deployment.gguf import export_gguf, stored_model
 from luthier.deployment.gguf_writing import KINDS, write_adapter_gguf, write_gguf
 from luthier.deployment.llamacpp import LlamaCppRuntime
 from luthier.deployment.parity import distance, log_probabilities
@@ -195,3 +195,9 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path, terse_model_dir, te
     with pytest.raises(UserError, match="weights cannot be read"):
         write_gguf(dynamic, tmp_path / "a.gguf", "f16")
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*.gguf*"))
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        export_gguf(tmp_path / "none", tmp_path / "none" / "gguf")
+    assert not (tmp_path / "none").exists()

@@ -21,7 +21,7 @@ from luthier.deployment.parity import ParityReport, distance, log_probabilities,
 from luthier.deployment.runtimes import check_runtime
 from luthier.errors import UserError
 from luthier.evaluation.generation import stop_tokens
-from luthier.methods.saved import AdapterFolder, load_saved
+from luthier.methods.saved import AdapterFolder, SavedModel, load_saved
 from luthier.models.loading import load_config, load_model, load_tokenizer, resolve_model, without_bars
 from luthier.training.checkpoint import writing
 
@@ -71,6 +71,8 @@ def export_gguf(
     """
     require_kind(kind)
     require_llamacpp()
+    if not Path(path).expanduser().is_dir():
+        resolve_model(path)  # before a folder is made beside what is not there
     target = Path(output_dir).expanduser()
     _claim(target)
     asked = list(prompts or PROMPTS)
@@ -117,8 +119,33 @@ def _whole(path: str | Path, aside: Path, work: Path, kind: str, prompts: Sequen
     reference, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
     stops = stop_tokens(reference, tokenizer)
     _write_modelfile(aside, file, tokenizer, stops)
-    stored = stored_model(file, folder)
     base = None if base_name is None else load_model(base_name, dtype=torch.float32)
+    return check_file(file, folder, kind, reference, tokenizer, prompts, base=base)
+
+
+def check_file(
+    file: Path,
+    folder: Path,
+    kind: str,
+    reference: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    base: Any | None = None,
+) -> ParityReport:
+    """The gate of a model's file: every weight, the stop tokens, and what llama.cpp makes of prompts.
+
+    Args:
+        file: the GGUF file.
+        folder: the plain model that it was made from.
+        kind: of the file.
+        reference: that model, float32.
+        tokenizer: its own.
+        prompts: rendered texts.
+        base: what it was tuned from, where that is known.
+    """
+    stops = stop_tokens(reference, tokenizer)
+    stored = stored_model(file, folder)
     noise = arithmetic_noise(stored, kind, token_ids(tokenizer, prompts, None))
     with LlamaCppRuntime(file) as runtime:
         report = check_runtime(
@@ -137,35 +164,51 @@ def _whole(path: str | Path, aside: Path, work: Path, kind: str, prompts: Sequen
     return report
 
 
-def _with_adapter(path: str | Path, aside: Path, work: Path, kind: str, prompts: Sequence[str]) -> ParityReport:
-    """A base and its LoRA: writes both, and what the gate says of them.
+def check_adapter(lora: Path, folder: Path, saved: SavedModel, prompts: Sequence[str], work: Path) -> ParityReport:
+    """The gate of a LoRA's file.
 
     What a LoRA changes can be less than what llama.cpp's arithmetic costs in 8 or 4 bits, where nobody could say
     whether it is right. It is held against the base in float32, which is written for that alone.
+
+    Args:
+        lora: the GGUF file.
+        folder: the plain base.
+        saved: the adapter on that base, float32.
+        prompts: rendered texts.
+        work: a folder for the base's file, which is removed.
     """
+    stops = stop_tokens(saved.model, saved.tokenizer)
+    fine = write_gguf(folder, work / "base-f32.gguf", "f32")
+    try:
+        with LlamaCppRuntime(fine, adapter=lora) as runtime:
+            report = check_runtime(
+                saved.model,
+                runtime,
+                saved.tokenizer,
+                prompts,
+                noise={},
+                base=saved.model,
+                stops=stops,
+                name="GGUF LoRA",
+            )
+            report.reasons += _stops_lost(runtime, saved.tokenizer, stops)
+    finally:
+        fine.unlink()
+    report.passed = not report.reasons
+    return report
+
+
+def _with_adapter(path: str | Path, aside: Path, work: Path, kind: str, prompts: Sequence[str]) -> ParityReport:
+    """A base and its LoRA: writes both, and what the gate says of them."""
     adapter = AdapterFolder.read(path)
     lora = write_adapter_gguf(path, aside / "adapter.gguf")
     folder = Path(resolve_model(adapter.base_name))
     file = write_gguf(folder, aside / f"base-{kind}.gguf", kind)
     saved = load_saved(path, dtype=torch.float32)
-    stops = stop_tokens(saved.model, saved.tokenizer)
-    _write_modelfile(aside, file, saved.tokenizer, stops, adapter=lora)
-    fine = file if kind == "f32" else write_gguf(folder, work / "base-f32.gguf", "f32")
-    with LlamaCppRuntime(fine, adapter=lora) as runtime:
-        report = check_runtime(
-            saved.model,
-            runtime,
-            saved.tokenizer,
-            prompts,
-            noise={},
-            base=saved.model,
-            stops=stops,
-            name=f"GGUF {kind} with adapter",
-        )
-    stored = stored_model(file, folder)
-    report.reasons += _weights_differ(report, folder, stored, kind)
-    with LlamaCppRuntime(file, adapter=lora) as runtime:
-        report.reasons += _stops_lost(runtime, saved.tokenizer, stops)
+    _write_modelfile(aside, file, saved.tokenizer, stop_tokens(saved.model, saved.tokenizer), adapter=lora)
+    report = check_adapter(lora, folder, saved, prompts, work)
+    report.name = f"GGUF {kind} with adapter"
+    report.reasons += _weights_differ(report, folder, stored_model(file, folder), kind)
     report.passed = not report.reasons
     return report
 

@@ -15,18 +15,16 @@ from rich.console import Console
 
 from luthier.data.render import prompt_text
 from luthier.deployment.adapters import AdapterSet
-from luthier.deployment.gguf import arithmetic_noise, stored_model
+from luthier.deployment.gguf import check_adapter, check_file
 from luthier.deployment.gguf_writing import require_kind, write_adapter_gguf, write_gguf
-from luthier.deployment.llamacpp import LlamaCppRuntime, require_llamacpp
-from luthier.deployment.parity import ParityReport, render_parity, require, token_ids
-from luthier.deployment.runtimes import check_runtime
+from luthier.deployment.llamacpp import require_llamacpp
+from luthier.deployment.parity import ParityReport, render_parity, require
 from luthier.deployment.serving.engine import Engine
 from luthier.deployment.serving.llamacpp import LlamaCppEngine
 from luthier.deployment.serving.reference import TransformersEngine
 from luthier.deployment.serving.requests import ApiError, Limits
 from luthier.deployment.serving.served import Served, ServedModel, require_name
 from luthier.errors import UserError
-from luthier.evaluation.generation import stop_tokens
 from luthier.methods.answering import load_to_answer
 from luthier.methods.saved import AdapterFolder, load_saved
 from luthier.models.heads import Head
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 
 QUESTIONS = ("What is the capital of France?", "Write a haiku about rain.", "用一句话介绍你自己。")
 """What the gate asks, through each model's own chat template."""
-_GATE_CONTEXT = 2048
 _EXPORTER = 1
 """Raised when files that were made before are no good any more."""
 
@@ -211,16 +208,14 @@ class _Files:
         def held_against(made: Path) -> ParityReport:
             reference = load_model(self._folder, dtype=torch.float32)
             _require_writing(Head.of(reference), str(self._folder))
-            stored = None if kind == "f32" else stored_model(made, self._folder)
             tokenizer = load_tokenizer(self._folder)
-            return _gate(made, kind, reference, tokenizer, stored=stored)
+            return check_file(made, self._folder, kind, reference, tokenizer, _prompts(tokenizer))
 
         self._make(file, lambda made: write_gguf(self._folder, made, kind), held_against)
         return file
 
     def adapter(self, adapter: AdapterFolder) -> Path:
-        """An adapter's file. What it changes can be less than what llama.cpp's arithmetic costs beside a coarse base,
-        and nobody could say whether it is right: it is asked beside the base in float32, written for that alone.
+        """An adapter's file.
 
         Raises:
             UserError: it stands on another base, its method has no GGUF form, or the parity gate refuses.
@@ -237,8 +232,7 @@ class _Files:
         def held_against(made: Path) -> ParityReport:
             saved = load_saved(adapter.folder, dtype=torch.float32)
             with tempfile.TemporaryDirectory(dir=self._cache) as beside:
-                fine = write_gguf(self._folder, Path(beside) / "base-f32.gguf", "f32")
-                return _gate(fine, "f32", saved.model, saved.tokenizer, adapter=made, base=saved.model)
+                return check_adapter(made, self._folder, saved, _prompts(saved.tokenizer), Path(beside))
 
         self._make(file, lambda made: write_adapter_gguf(adapter.folder, made), held_against)
         return file
@@ -264,30 +258,8 @@ class _Files:
             aside.unlink(missing_ok=True)
 
 
-def _gate(
-    file: Path,
-    kind: str,
-    reference: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    stored: Any | None = None,
-    adapter: Path | None = None,
-    base: Any | None = None,
-) -> ParityReport:
-    prompts = [prompt_text(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
-    noise = arithmetic_noise(reference if stored is None else stored, kind, token_ids(tokenizer, prompts, None))
-    with LlamaCppRuntime(file, adapter=adapter, context=_GATE_CONTEXT) as runtime:
-        return check_runtime(
-            reference,
-            runtime,
-            tokenizer,
-            prompts,
-            noise=noise,
-            stored=stored,
-            base=base,
-            stops=stop_tokens(reference, tokenizer),
-            name=f"in llama.cpp ({kind})",
-        )
+def _prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [prompt_text(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
 
 
 def _require_writing(head: Head, where: str) -> None:
