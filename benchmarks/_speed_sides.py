@@ -27,12 +27,13 @@ def _loaded(settings: Settings, dtype: str) -> Any:
     return PeftModel.from_pretrained(model, settings["initial"], is_trainable=True)
 
 
-def trl(settings: Settings, packing: bool = False) -> Outcome:
+def trl(settings: Settings, packing: bool = False, checkpointing: bool = False) -> Outcome:
     """TRL's SFTTrainer on the encoded rows, in the file's order.
 
     Precision is what TRL's users get who load a model in bfloat16: bfloat16 weights, ``bf16=True`` (TRL's default),
     so the forward pass runs under autocast, and LoRA matrices in float32 (PEFT's default). With ``--dtype float32``,
-    weights are float32 and there is no autocast. Gradient checkpointing, on by default in TRL, is off.
+    weights are float32 and there is no autocast. Gradient checkpointing is off unless asked for; TRL turns it on by
+    default.
     """
     import trl as library
     from _watch import Watch
@@ -53,7 +54,7 @@ def trl(settings: Settings, packing: bool = False) -> Outcome:
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=settings["dtype"] == "bfloat16",
-        gradient_checkpointing=False,
+        gradient_checkpointing=checkpointing,
         train_sampling_strategy="sequential",
         packing=packing,
         max_length=bin_size if packing else None,
@@ -84,6 +85,11 @@ def trl(settings: Settings, packing: bool = False) -> Outcome:
 def trl_packed(settings: Settings) -> Outcome:
     """TRL with ``packing=True``: its rows are packed best-fit, so the order and the losses are other ones."""
     return trl(settings, packing=True)
+
+
+def trl_checkpointed(settings: Settings) -> Outcome:
+    """TRL with gradient checkpointing, as it comes."""
+    return trl(settings, checkpointing=True)
 
 
 def luthier(settings: Settings) -> Outcome:

@@ -22,8 +22,8 @@ from luthier.data.render import prompt_text
 from luthier.deployment.gguf import arithmetic_noise, stored_model
 from luthier.deployment.gguf_writing import write_gguf
 from luthier.deployment.llamacpp import LlamaCppRuntime
-from luthier.deployment.parity import token_ids
 from luthier.deployment.runtimes import check_runtime
+from luthier.deployment.tokens import token_ids
 from luthier.evaluation.generation import stop_tokens
 from luthier.models.loading import load_model, load_tokenizer, resolve_model
 

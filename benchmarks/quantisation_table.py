@@ -1,8 +1,9 @@
 """What fewer bits cost: size, tokens a second, perplexity and exact match of one model in several precisions.
 
-Each kind is made by `quantize_model`, behind its parity gate, and answers the quickstart's held-out rows as any user of
-its folder would be answered; all kinds take turns, row by row, in one process. Rows of the table come from functions
-(`SOURCES`), each of which yields sides that can be asked: another runtime's kinds are one more function.
+Each kind is made by `quantize_model` or `export_gguf`, behind its parity gate, and answers the quickstart's held-out
+rows as any user of it would be answered: a folder by transformers, a GGUF file by llama.cpp as `luthier serve` runs it.
+All kinds take turns, row by row, in one process. Rows of the table come from functions (`SOURCES`), each of which
+yields sides that can be asked: another runtime's kinds are one more function.
 
     python benchmarks/quantisation_table.py --model runs/records --rows 40
     python benchmarks/quantisation_table.py --model smollm2 --rows 8 --only int8,nf4 --json quantisation.json
@@ -12,14 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from luthier.data.chats import ChatEncoder
@@ -27,7 +31,11 @@ from luthier.data.examples import TrainingExample
 from luthier.data.loader import load_file
 from luthier.data.render import Renderer
 from luthier.deployment.footprint import folder_bytes
+from luthier.deployment.gguf import export_gguf
+from luthier.deployment.llamacpp import LlamaCppRuntime
 from luthier.deployment.quantize import quantize_model
+from luthier.deployment.serving.engine import Ask, Piece
+from luthier.deployment.serving.llamacpp import LlamaCppEngine
 from luthier.errors import UserError
 from luthier.evaluation.generation import generate_answers
 from luthier.evaluation.metrics import score
@@ -38,6 +46,10 @@ from luthier.methods.answering import load_to_answer
 ROWS = Path(__file__).parent.parent / "examples" / "records" / "test.jsonl"
 RUN = Path(__file__).parent.parent / "runs" / "records"
 KINDS = ("float32", "bfloat16", "int8", "int4", "nf4")
+GGUF = "gguf "
+GGUF_KINDS = ("f16", "bf16", "q8_0", "q4_0")
+ALL = (*KINDS, *(GGUF + kind for kind in GGUF_KINDS))
+CONTEXT = 1024  # tokens
 
 
 @dataclass(slots=True)
@@ -62,7 +74,7 @@ def transformers_kinds(
 ) -> Iterator[Side]:
     """The kinds that transformers loads. float32 is bfloat16's folder without its rounding: the weights of a base that
     is stored in bfloat16 are the same in both."""
-    for kind in kinds:
+    for kind in [k for k in kinds if not k.startswith(GGUF)]:
         print(f"{kind}: writing, loading again, comparing", file=sys.stderr, flush=True)
         stored = "bfloat16" if kind == "float32" else kind
         place = folder / stored
@@ -87,8 +99,52 @@ def loaded(kind: str, place: Path, examples: list[TrainingExample], limit: int, 
     return Side(kind, size, computed_in, answer, perplexity_of_examples(saved.model, encoded).perplexity)
 
 
+def gguf_kinds(
+    model: str, kinds: Sequence[str], examples: list[TrainingExample], folder: Path, limit: int
+) -> Iterator[Side]:
+    """The kinds that llama.cpp runs; perplexity by llama.cpp too."""
+    for kind in [k.removeprefix(GGUF) for k in kinds if k.startswith(GGUF)]:
+        print(f"{GGUF}{kind}: writing, loading again, comparing", file=sys.stderr, flush=True)
+        made = export_gguf(model, folder / f"gguf-{kind}", kind=kind)
+        file, tokenizer = made.files[0], load_to_answer(model).tokenizer
+        with LlamaCppRuntime(file, context=CONTEXT) as runtime:
+            perplexity = perplexity_by(runtime, tokenizer, examples)
+        engine = LlamaCppEngine(file, {}, context=CONTEXT, slots=1, threads=torch.get_num_threads(), convert=Path)
+        yield Side(
+            GGUF + kind,
+            made.sizes[file.name],
+            f"llama.cpp, {kind}",
+            partial(ask_engine, engine, tokenizer, limit),
+            perplexity,
+        )
+
+
+def perplexity_by(runtime: LlamaCppRuntime, tokenizer: Any, examples: list[TrainingExample]) -> float:
+    """Perplexity of the right answers, token by token."""
+    renderer = Renderer(tokenizer, train_on="last_answer", allow_special_tokens=True)
+    found = [
+        runtime.log_probability(row.input_ids[:at].tolist(), int(row.input_ids[at]))
+        for row in ChatEncoder(renderer).encode(examples).examples
+        for at in np.flatnonzero(row.trained)
+    ]
+    return math.exp(-sum(found) / len(found))
+
+
+def ask_engine(engine: LlamaCppEngine, tokenizer: Any, limit: int, prompt: str) -> tuple[str, int]:
+    """A rendered prompt's greedy answer by the server's engine."""
+    pieces: list[Piece] = []
+
+    def take(piece: Piece) -> bool:
+        pieces.append(piece)
+        return False
+
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    engine.write(None, Ask(tuple(ids), limit), take)
+    return "".join(piece.text for piece in pieces), pieces[-1].written
+
+
 Source = Callable[[str, Sequence[str], list[TrainingExample], Path, int], Iterator[Side]]
-SOURCES: list[Source] = [transformers_kinds]
+SOURCES: list[Source] = [transformers_kinds, gguf_kinds]
 
 
 def ask_all(sides: list[Side], questions: list[Question]) -> None:
@@ -135,12 +191,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", help=f"of {','.join(KINDS)}; default: all")
+    parser.add_argument("--only", help=f"of {','.join(ALL)}; default: all")
     parser.add_argument("--json", type=Path, help="write all numbers there")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     examples = load_file(a.data).examples[: a.rows]
-    kinds = a.only.split(",") if a.only else list(KINDS)
+    kinds = a.only.split(",") if a.only else list(ALL)
     tokenizer = load_to_answer(a.model).tokenizer
     questions = [ask(tokenizer, e, n) for n, e in enumerate(examples, 1)]
     with tempfile.TemporaryDirectory() as folder:

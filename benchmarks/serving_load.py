@@ -2,7 +2,8 @@
 
 Starts ``luthier serve`` with a model (and adapters, as NAME=FOLDER), asks each question of each model alone, then by
 many clients at once for a time. Every answer must be the one that was given alone, but where two tokens are as likely:
-those are counted. Prints tokens a second of one client and of sixteen, and the ratio.
+of each that departs it prints how much more likely, alone, the token was that it should have taken. Prints tokens a
+second of one client and of sixteen, and the ratio.
 
     python benchmarks/serving_load.py smollm2 --clients 64 --seconds 120
 """
@@ -10,6 +11,7 @@ those are counted. Prints tokens a second of one client and of sixteen, and the 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import subprocess
 import sys
@@ -29,6 +31,25 @@ def ask(client: openai.OpenAI, model: str, question: str, tokens: int) -> tuple[
     )
     assert reply.usage is not None
     return reply.choices[0].message.content or "", reply.usage.completion_tokens
+
+
+def gap(client: openai.OpenAI, model: str, question: str, tokens: int, other: str) -> float:
+    """Where another answer departs from the one given alone: nats from its token to the likeliest; inf: not of 20."""
+    reply = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=tokens,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=20,
+    )
+    said = ""
+    for place in reply.choices[0].logprobs.content:
+        if not other.startswith(said + place.token):
+            likely = [o.logprob for o in place.top_logprobs if o.token and other.startswith(said + o.token)]
+            return place.logprob - max(likely, default=-math.inf)
+        said += place.token
+    return math.inf
 
 
 def crowd(clients: int, seconds: float, work) -> tuple[float, Counter]:
@@ -80,6 +101,7 @@ def load(chosen: argparse.Namespace, pid: int) -> None:
         except openai.APIConnectionError:
             time.sleep(1)
     alone = {(m, q): ask(client, m, q, chosen.tokens)[0] for m in models for q in QUESTIONS[:8]}
+    departed: set[tuple[str, str, str]] = set()
 
     def work(chance: random.Random) -> dict[str, int]:
         model, question = chance.choice(list(alone))
@@ -89,6 +111,8 @@ def load(chosen: argparse.Namespace, pid: int) -> None:
             print("error:", error)
             return {"errors": 1}
         same = text == alone[model, question]
+        if not same:
+            departed.add((model, question, text))
         strange = not same and any(text == other for (m, _), other in alone.items() if m != model)
         return {"tokens": tokens, "answers": 1, "same": same, "another model's": strange}
 
@@ -101,6 +125,8 @@ def load(chosen: argparse.Namespace, pid: int) -> None:
     print(f"models {', '.join(models)}, {chosen.kind}, {chosen.tokens} tokens an answer")
     print(f"tokens a second: 1 client {one:.1f}, 16 clients {sixteen:.1f} ({sixteen / one:.2f} times)")
     print(f"{chosen.clients} clients, {chosen.seconds:.0f} s: {many:.1f} tokens a second, {dict(counts)}")
+    for model, question, text in sorted(departed):
+        print(f"departed: {model}, {question!r}: {gap(client, model, question, chosen.tokens, text):.4f} nats")
     print(f"memory: {before / 1e6:,.0f} MB before, {after / 1e6:,.0f} MB after")
 
 

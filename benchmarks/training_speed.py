@@ -45,6 +45,7 @@ MAX_LENGTH = 1024
 HERE = {
     "trl": ("_speed_sides", "trl"),
     "trl-packed": ("_speed_sides", "trl_packed"),
+    "trl-checkpointed": ("_speed_sides", "trl_checkpointed"),
     "luthier": ("_speed_sides", "luthier"),
 }
 ELSEWHERE = {
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS of each side")
     add("--sides", nargs="*", choices=("trl", "luthier"), default=["trl", "luthier"], help="for trials of one side")
     add("--with-packing", action="store_true", help="also TRL with packing")
+    add("--with-checkpointing", action="store_true", help="also TRL with gradient checkpointing, its default")
     add("--with-reference", action="store_true", help="also the same steps in float32, for the losses")
     add(
         "--peer-python",
@@ -116,7 +118,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     settings["lr"] = arguments.lr or (2e-4 if arguments.method == "lora" else 2e-5)
     settings["max_length"] = MAX_LENGTH
     settings["peers"] = dict(_peer(text) for text in arguments.peer_python)
-    settings["sides"] = [*arguments.sides, *(["trl-packed"] if arguments.with_packing else []), *settings["peers"]]
+    more = [
+        f"trl-{kind}"
+        for kind, on in (("packed", arguments.with_packing), ("checkpointed", arguments.with_checkpointing))
+        if on
+    ]
+    settings["sides"] = [*arguments.sides, *more, *settings["peers"]]
     settings["not_run"] = sorted(ELSEWHERE.keys() - settings["peers"].keys())
     del settings["peer_python"]
     if not 0 <= arguments.warmup_steps < arguments.steps:

@@ -7,35 +7,14 @@ import sys
 
 import pytest
 import torch
+from saved_adapters import tuned
 
 from luthier import AdapterSet
 from luthier.errors import UserError
-from luthier.method_options import options_of
-from luthier.methods import get_method
-from luthier.methods.saved import load_saved, write_record
-from luthier.models.fingerprint import fingerprint
-from luthier.models.loading import add_tokens, load_model, load_tokenizer
+from luthier.methods.saved import load_saved
+from luthier.models.loading import load_model, load_tokenizer
 
 TEXT = "What is the capital of France?"
-
-
-def tuned(folder, base, *, method="lora", tokens=(), seed=0, template=None, **options):
-    """An adapter folder as a run leaves it, its matrices filled with noise."""
-    tokenizer, model = load_tokenizer(base), load_model(base, dtype=torch.float32)
-    if template:
-        tokenizer.chat_template = template
-    own, ids = fingerprint(model), add_tokens(model, tokenizer, list(tokens))
-    how = get_method(method)
-    torch.manual_seed(seed)
-    model = how.wrap(model, options_of(method)(**options), ids)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-    how.save(model.eval(), folder)
-    tokenizer.save_pretrained(folder)
-    write_record(folder, model, str(base), base_fingerprint=own, method=how)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from luthier.deployment import gguf_families, gguf_vocabulary
 from luthier.deployment.gguf import RECORD, arithmetic_noise, export_gguf
 from luthier.deployment.gguf_writing import write_gguf
 from luthier.deployment.llamacpp import LlamaCppRuntime
-from luthier.deployment.parity import token_ids
 from luthier.deployment.runtimes import check_runtime
+from luthier.deployment.tokens import token_ids
 from luthier.errors import UserError
 from luthier.models.loading import load_model, load_tokenizer
 
@@ -159,3 +159,11 @@ def test_a_lora_leaves_as_a_file_beside_its_base(tmp_path, terse_model_dir, monk
     with pytest.raises(UserError, match="log-probability"):
         export_gguf(tmp_path / "lora", tmp_path / "short", kind="q8_0", adapter=True, prompts=PROMPTS)
     assert not (tmp_path / "short").exists()
+
+
+def test_one_token_is_as_likely_as_among_all(tmp_path, terse_model_dir, terse_tokenizer):
+    ids = terse_tokenizer(PROMPTS[0], add_special_tokens=False).input_ids
+    with LlamaCppRuntime(write_gguf(terse_model_dir, tmp_path / "a.gguf", "f32"), threads=1) as runtime:
+        every = runtime.log_probabilities(ids)
+        for token in (int(every.argmax()), int(every.argmin()), 7):
+            assert runtime.log_probability(ids, token) == pytest.approx(float(every[token]), abs=1e-4)

@@ -13,7 +13,8 @@ import torch
 from luthier.data.render import prompt_text
 from luthier.deployment.merge import _on_stored_base as on_stored_base
 from luthier.deployment.merge import merge_adapter, merge_model
-from luthier.deployment.parity import ParityReport, render_parity, weigh_merge
+from luthier.deployment.parity import ParityReport, render_parity
+from luthier.deployment.quantized_merge import weigh_merge
 from luthier.errors import UserError
 from luthier.methods import get_method
 from luthier.methods.base import parameter_counts, trainable_parameters

@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from luthier.deployment.merge import PROMPTS, merge_adapter
-from luthier.deployment.parity import (
-    ParityReport,
-    check_parity,
-    distance,
-    limit_of,
-    log_probabilities,
-    require,
-    token_ids,
-)
+from luthier.deployment.parity import ParityReport, check_parity, distance, log_probabilities, require
+from luthier.deployment.tokens import limit_of, token_ids
 from luthier.errors import UserError
 from luthier.methods.base import TuningMethod, load_peft, peft_warnings_apart, tie_copies
 from luthier.methods.combination import Combination, CombinationType, add_combined, require_combinable

@@ -17,8 +17,9 @@ from luthier.deployment.gguf_writing import Weights, require_kind, write_adapter
 from luthier.deployment.llamacpp import LlamaCppRuntime, require_llamacpp
 from luthier.deployment.merge import PROMPTS, merge_adapter
 from luthier.deployment.ollama import modelfile
-from luthier.deployment.parity import ParityReport, distance, log_probabilities, require, token_ids
+from luthier.deployment.parity import ParityReport, distance, log_probabilities, require
 from luthier.deployment.runtimes import check_runtime
+from luthier.deployment.tokens import token_ids
 from luthier.errors import UserError
 from luthier.evaluation.generation import stop_tokens
 from luthier.methods.saved import AdapterFolder, SavedModel, load_saved

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.deployment.parity import ParityReport, check_parity, require, weigh_merge
+from luthier.deployment.parity import ParityReport, check_parity, require
+from luthier.deployment.quantized_merge import weigh_merge
 from luthier.errors import UserError
 from luthier.methods import get_method
 from luthier.methods.saved import adapter_dtype, load_saved

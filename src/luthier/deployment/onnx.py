@@ -16,8 +16,9 @@ from luthier.data.render import end_of_turn_ids
 from luthier.deployment.merge import PROMPTS, merge_model
 from luthier.deployment.onnx_graph import require_exportable, require_onnx, write_graph
 from luthier.deployment.onnx_runtime import OnnxRuntime
-from luthier.deployment.parity import FLOOR, MULTIPLE, ParityReport, limit_of, require, token_ids
+from luthier.deployment.parity import FLOOR, MULTIPLE, ParityReport, require
 from luthier.deployment.runtimes import check_runtime
+from luthier.deployment.tokens import limit_of, token_ids
 from luthier.errors import UserError
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.heads import Head

@@ -26,12 +26,9 @@ from luthier.deployment.parity import (
     ParityReport,
     base_log_probabilities,
     distance,
-    limit_of,
     log_probabilities,
-    stops_missing,
-    token_ids,
-    tokens_differ,
 )
+from luthier.deployment.tokens import limit_of, stops_missing, token_ids, tokens_differ
 from luthier.errors import UserError
 from luthier.models.heads import Head
 from luthier.models.packed import Packing, is_packed, packed_layers, plain_weight

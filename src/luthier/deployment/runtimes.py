@@ -20,8 +20,8 @@ from luthier.deployment.parity import (
     base_log_probabilities,
     distance,
     log_probabilities,
-    token_ids,
 )
+from luthier.deployment.tokens import token_ids
 from luthier.errors import UserError
 
 if TYPE_CHECKING:

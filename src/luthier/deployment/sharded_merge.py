@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.deployment.merge import PROMPTS, RECORD, claim
-from luthier.deployment.parity import ParityReport, jitter, judge, left_behind, require, token_ids
+from luthier.deployment.offloaded_adapter import IN_MEMORY, OffloadedTuned, adapter_layers, owner_of
+from luthier.deployment.parity import ParityReport, jitter, judge, require
 from luthier.deployment.shards import ShardWriter
+from luthier.deployment.tokens import left_behind, token_ids
 from luthier.errors import UserError
-from luthier.methods.base import peft_warnings_apart
 from luthier.methods.saved import AdapterFolder, adapter_dtype
 from luthier.models.catalogue import CATALOGUE
 from luthier.models.fingerprint import fingerprint
 from luthier.models.heads import Head
 from luthier.models.loading import load_config, load_tokenizer, resolve_model, set_stop_tokens, without_bars
 from luthier.models.memory import free_memory
-from luthier.models.offloaded import OffloadedModel, Read, block_by_block, load_offloaded, resident
+from luthier.models.offloaded import OffloadedModel, block_by_block, load_offloaded
 from luthier.training.checkpoint import writing
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 SHARD = 5 * 10**9
 """Bytes of one file at most, where nothing else is asked for."""
-_PREFIX = "base_model.model."
-_IN_MEMORY = "merge it on a machine whose memory holds the model, without shard_by_shard"
 # What the gate holds beside a block: so many prompts of so many tokens as activations, and so many bytes of logits.
 _PROMPTS, _TOKENS, _LOGITS = 8, 128, 2**26
 
@@ -64,7 +63,7 @@ def is_needed(adapter_path: str | Path) -> bool:
 
 def _refusal(adapter: AdapterFolder) -> UserError | None:
     """Why an adapter cannot be merged shard by shard, where that shows before anything is loaded."""
-    where, remedy = str(adapter.folder), _IN_MEMORY
+    where, remedy = str(adapter.folder), IN_MEMORY
     if not adapter.head.writes:
         return UserError("only models that write are merged shard by shard", where=where, remedy=remedy)
     start = str(adapter.config.get("init_lora_weights", True)).lower()
@@ -137,7 +136,7 @@ def merge_sharded(
             tokenizer = adapter.tokenizer()
             base, merged_dtype = _base(adapter, dtype, scratch / "base")
             plan = _Plan.of(base, merged_dtype)
-            tuned = _Tuned.load(adapter, base)
+            tuned = OffloadedTuned.load(adapter, base)
             _save(tuned, plan, tokenizer, aside, max_shard_size)
             merged = load_offloaded(aside, scratch / "merged", dtype=merged_dtype)
         report = _gate(tuned, merged, tokenizer, load_tokenizer(aside), prompts or PROMPTS)
@@ -198,200 +197,9 @@ class _Plan:
         return cls(dtype, {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}, tied)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tuned:
-    """A base with its adapter, both on disk."""
-
-    model: Any
-    """PEFT's, on the meta device."""
-    sources: Mapping[str, Read]
-    """What reads each parameter, by its name in PEFT's model."""
-    dtype: torch.dtype
-    """All is rounded to this, as it is where the base is loaded in it."""
-
-    @classmethod
-    def load(cls, adapter: AdapterFolder, base: OffloadedModel) -> _Tuned:
-        """An adapter's layers on its base.
-
-        Raises:
-            UserError: it does not fit, or some of its weights lie nowhere.
-        """
-        from peft import PeftConfig, get_peft_model
-
-        dtype = next(base.model.parameters()).dtype
-        with adapter.fitting(), peft_warnings_apart():
-            config = PeftConfig.from_pretrained(str(adapter.folder))
-            config.inference_mode = True
-            model = get_peft_model(base.model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True).eval()
-        trained = _adapter_tensors(model, adapter)
-        sources: dict[str, Read] = {}
-        by_parameter: dict[int, Read] = {}
-        named = list(model.named_parameters(remove_duplicate=False))
-        for name, parameter in named:
-            source = trained.get(name)
-            if source is None and (plain := _plain_name(name)) in base.stored:
-                _require_rows(model, plain, parameter, base, adapter)
-                source = _reading(base.stored, plain, len(parameter) if parameter.ndim else 0)
-            if source is not None:
-                sources[name] = by_parameter[id(parameter)] = source
-        for name, parameter in named:  # tied ones lie under one name
-            if name not in sources and id(parameter) not in by_parameter:
-                raise UserError(
-                    f"neither the adapter nor its base holds {_plain_name(name)}",
-                    where=str(adapter.folder),
-                    remedy=f"save the adapter again; or {_IN_MEMORY}",
-                )
-            sources.setdefault(name, by_parameter.get(id(parameter), _nothing))
-        return cls(model, sources, dtype)
-
-    def read(self, name: str) -> torch.Tensor:
-        """A parameter in float32."""
-        tensor = self.sources[name](name)
-        return tensor.to(self.dtype).float() if tensor.is_floating_point() else tensor
-
-    def layers(self) -> dict[str, Any]:
-        """The modules under an adapter, by their names in the base; none lies in another."""
-        found: dict[str, Any] = {}
-        for name, module in self.model.get_base_model().named_modules():
-            if isinstance(module, _adapter_layers()) and _owner(name, found) is None:
-                found[name] = module
-        return found
-
-    def merged(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters of the merged model by their names in it, in float32, those of a layer together."""
-        layers = self.layers()
-        wanted: dict[str, list[str]] = {}
-        for name in names:
-            owner = _owner(name, layers)
-            if owner is None:
-                yield name, self.read(_PREFIX + name)
-            else:
-                wanted.setdefault(owner, []).append(name)
-        for owner, inside in wanted.items():
-            with resident(layers[owner], _PREFIX + owner, self.read):
-                state = _merge_layer(layers[owner])
-            for name in inside:
-                yield name, state.pop(name.removeprefix(f"{owner}."))
-
-
-def _adapter_layers() -> tuple[type, ...]:
-    """PEFT's kinds of modules that hold an adapter and use the weights of the module under it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-
-def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
-    """Which of the layers a name lies in."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
-    return next((prefix for prefix in prefixes if prefix in layers), None)
-
-
-def _nothing(name: str) -> torch.Tensor:
-    raise KeyError(name)
-
-
-def _plain_name(name: str) -> str:
-    """A base's parameter, by its name in PEFT's model."""
-    name = name.removeprefix(_PREFIX)
-    for part in (".token_adapter", ".base_layer", ".original_module"):
-        name = name.replace(part, "")
-    return name
-
-
-def _reading(stored: Mapping[str, torch.Tensor], name: str, rows: int) -> Read:
-    """Reads a base's parameter, with rows of zeros for tokens whose own come with the adapter."""
-
-    def read(_: str) -> torch.Tensor:
-        tensor = stored[name]
-        missing = rows - len(tensor) if tensor.ndim else 0
-        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing > 0 else tensor
-
-    return read
-
-
-def _adapter_tensors(model: Any, adapter: AdapterFolder) -> dict[str, Read]:
-    """What the adapter's file holds, by its name in PEFT's model.
-
-    Raises:
-        UserError: it is no safetensors file, or some of it has no place.
-    """
-    from peft.utils.save_and_load import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    path = adapter.folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(
-            "the adapter is not stored as safetensors", where=str(adapter.folder), remedy="save it again with PEFT"
-        )
-    # PEFT says under which name it would save each parameter: one is marked for each.
-    marks = {name: torch.empty(0) for name, _ in model.named_parameters(remove_duplicate=False)}
-    names = {id(mark): name for name, mark in marks.items()}
-    saved = get_peft_model_state_dict(model, state_dict=marks, save_embedding_layers=True)
-    places = {key: names[id(mark)] for key, mark in saved.items() if id(mark) in names}
-
-    def reading(key: str) -> Read:
-        def read(_: str) -> torch.Tensor:
-            with safe_open(path, framework="pt") as tensors:
-                tensor: torch.Tensor = tensors.get_tensor(key)
-            return tensor
-
-        return read
-
-    with safe_open(path, framework="pt") as tensors:
-        keys = list(tensors.keys())
-    for key in keys:
-        if key not in places:
-            raise UserError(
-                f"the adapter holds {key}, which has no place in {adapter.base_name!r}",
-                where=str(path),
-                remedy=f"check its base; or {_IN_MEMORY}",
-            )
-    return {places[key]: reading(key) for key in keys}
-
-
-def _require_rows(model: Any, name: str, parameter: torch.Tensor, base: OffloadedModel, adapter: AdapterFolder) -> None:
-    """Refuse a base whose embeddings have grown by rows that the adapter does not hold.
-
-    Raises:
-        UserError: it does not.
-    """
-    if not adapter.record.get("rows") or not name.endswith((".weight", ".bias")):
-        return
-    place = name.rpartition(".")[0]
-    embeddings = model.get_base_model().get_submodule(place)
-    if embeddings not in (model.get_input_embeddings(), model.get_output_embeddings()):
-        return
-    before = len(base.stored[name])
-    if before >= len(parameter) or hasattr(embeddings, "modules_to_save"):
-        return
-    trained = getattr(getattr(embeddings, "token_adapter", None), "token_indices", {}).get("default", ())
-    if not set(range(before, len(parameter))) <= set(trained):
-        raise UserError(
-            f"tokens were added in training, and the adapter holds no rows of {place} for them",
-            where=str(adapter.folder),
-            remedy=f"{_IN_MEMORY}; or train with that module in method.modules_to_save",
-        )
-
-
-def _merge_layer(layer: Any) -> dict[str, torch.Tensor]:
-    """The plain layer's state that becomes of one with an adapter, by PEFT's own arithmetic."""
-    if hasattr(layer, "unload_and_optionally_merge_module"):
-        plain = layer.unload_and_optionally_merge_module(True, False, None)
-    else:
-        layer.merge(safe_merge=False)
-        plain = layer.get_base_layer()
-    state = {name: tensor.detach() for name, tensor in plain.state_dict().items()}
-    # Its weights leave memory; they come back unmerged.
-    for part in layer.modules():
-        if hasattr(part, "merged_adapters"):
-            part.merged_adapters.clear()
-    return state
-
-
-def _save(tuned: _Tuned, plan: _Plan, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: int) -> None:
+def _save(
+    tuned: OffloadedTuned, plan: _Plan, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: int
+) -> None:
     """Write the merged model as ``save_pretrained`` writes it."""
     base = tuned.model.get_base_model()
     written = dict(plan.state)
@@ -405,7 +213,7 @@ def _save(tuned: _Tuned, plan: _Plan, tokenizer: PreTrainedTokenizerBase, folder
         if announced.keys() & parts.keys():
             raise UserError(
                 f"{next(iter(parts))} is stored as one and held as several weights",
-                remedy=_IN_MEMORY,
+                remedy=IN_MEMORY,
             )
         announced |= parts
     with ShardWriter(folder, announced, max_shard_size) as shards, torch.no_grad():
@@ -436,16 +244,16 @@ def _as_stored(base: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Te
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"{name} is stored together with other weights: {error}",
-            remedy=_IN_MEMORY,
+            remedy=IN_MEMORY,
         ) from None
     return parts
 
 
-def _heads_differ(tuned: _Tuned, plan: _Plan) -> bool:
+def _heads_differ(tuned: OffloadedTuned, plan: _Plan) -> bool:
     """Whether training has made embeddings differ that were one."""
     layers = tuned.layers()
     for pair in plan.tied.items():
-        if any(_owner(name, layers) for name in pair):
+        if any(owner_of(name, layers) for name in pair):
             one, other = (tensor.to(plan.dtype) for name in pair for _, tensor in tuned.merged([name]))
             if not torch.equal(one, other):
                 return True
@@ -453,7 +261,7 @@ def _heads_differ(tuned: _Tuned, plan: _Plan) -> bool:
 
 
 def _gate(
-    tuned: _Tuned,
+    tuned: OffloadedTuned,
     merged: OffloadedModel,
     tokenizer: PreTrainedTokenizerBase,
     travelled: PreTrainedTokenizerBase,
@@ -513,7 +321,7 @@ def _log_probabilities(
         if native != "sdpa":
             model.set_attn_implementation("sdpa")
             held.callback(model.set_attn_implementation, native)
-        held.enter_context(block_by_block(model, read, _adapter_layers()))
+        held.enter_context(block_by_block(model, read, adapter_layers()))
         held.callback(base.get_output_embeddings().register_forward_pre_hook(chosen).remove)
         logits: torch.Tensor = model(input_ids=padded, attention_mask=mask, use_cache=False).logits[0]
     return logits.float().log_softmax(-1)

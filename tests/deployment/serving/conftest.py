@@ -12,44 +12,26 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-import torch
 import uvicorn
 from rich.console import Console
+from saved_adapters import tuned
 
 from luthier.deployment.serving.api import Api
 from luthier.deployment.serving.prepare import Sources, serve_llamacpp, serve_transformers
 from luthier.deployment.serving.requests import Limits
 from luthier.deployment.serving.run import bound
-from luthier.method_options import options_of
-from luthier.methods import get_method
-from luthier.methods.saved import write_record
-from luthier.models.fingerprint import fingerprint
-from luthier.models.loading import load_model, load_tokenizer
 
 CONTEXT = 512
-
-
-def tuned(folder: Path, base: Path, seed: int) -> Path:
-    """A LoRA folder as a run leaves it, its matrices filled with noise."""
-    tokenizer, model = load_tokenizer(base), load_model(base, dtype=torch.float32)
-    own, how = fingerprint(model), get_method("lora")
-    torch.manual_seed(seed)
-    model = how.wrap(model, options_of("lora")(r=4), [])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    how.save(model.eval(), folder)
-    tokenizer.save_pretrained(folder)
-    write_record(folder, model, str(base), base_fingerprint=own, method=how)
-    return folder
 
 
 @pytest.fixture(scope="package")
 def adapters(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
     """Folders of adapters of the tiny model; they share a root."""
     root = tmp_path_factory.mktemp("served")
-    return {name: tuned(root / name, tiny_model_dir, seed) for seed, name in enumerate(("orders", "polite", "terse"))}
+    return {
+        name: tuned(root / name, tiny_model_dir, seed=seed, size=0.1, r=4)
+        for seed, name in enumerate(("orders", "polite", "terse"))
+    }
 
 
 @dataclass
