@@ -17,7 +17,7 @@ p.warning, ul.warning { color: var(--warning); }
 p.good, p.bad, p.warning { border-left: 4px solid; padding-left: .8rem; }
 p.good > span, p.bad > span, p.warning > span { color: var(--ink); } p { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } caption { text-align: left; font-weight: 600; padding: .6rem 0 .2rem; }
-th[scope=row] { text-align: left; color: var(--ink); border: 0; overflow-wrap: anywhere; }
+th[scope=row] { text-align: left; color: var(--ink); border: 0; overflow-wrap: anywhere; min-width: 8rem; }
 tbody tr { border-bottom: 1px solid var(--line); } td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 table.words td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
 table.words td { min-width: 5rem; }
