@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
@@ -254,12 +255,13 @@ def test_the_command_line_combines(two, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_lora_on_fused_experts_is_merged(tokenizer, tmp_path):
+@pytest.fixture(params=[0, 4, 5])
+def experts(request, tokenizer, tmp_path):
+    """A LoRA on fused experts in bfloat16. By the first two seeds rounding the merged weights sends a token to other
+    experts and the gate's own measure of rounding does not; by the last one it is the other way round."""
     import transformers
 
-    from luthier.deployment.merge import merge_adapter
-
-    torch.manual_seed(0)
+    torch.manual_seed(request.param)
     config = transformers.MixtralConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -274,8 +276,36 @@ def test_a_lora_on_fused_experts_is_merged(tokenizer, tmp_path):
     )
     transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    adapter = tuned(tmp_path / "adapter", tmp_path / "base", r=4, lora_dropout=0.0)
-    report = merge_adapter(adapter, tmp_path / "merged")
+    return tuned(tmp_path / "adapter", tmp_path / "base", r=4, lora_dropout=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_on_fused_experts_is_merged(experts, dtype, tokenizer, tmp_path):
+    from luthier.deployment.merge import merge_adapter
+
+    report = merge_adapter(experts, tmp_path / "merged", dtype=dtype)
     assert report.numbers["tuning_mean"] > 0.1
-    tuned_model = load_saved(adapter, dtype=torch.float32).model
-    assert torch.allclose(logits(load_model(tmp_path / "merged"), tokenizer), logits(tuned_model, tokenizer), atol=1e-3)
+    assert report.numbers["candidate_mean"] < 1.3 * max(report.numbers["rounding_mean"], 1e-4)
+    if dtype == torch.float32:
+        unmerged = load_saved(experts, dtype=torch.float32).model
+        merged = load_model(tmp_path / "merged")
+        assert torch.allclose(logits(merged, tokenizer), logits(unmerged, tokenizer), atol=1e-3)
+
+
+@pytest.mark.parametrize("lost", ["one expert", "the router"])
+def test_a_wrong_merge_of_experts_is_refused(experts, lost, tokenizer):
+    from luthier.deployment.parity import check_parity
+
+    unmerged = load_saved(experts, dtype=torch.bfloat16)
+    base = load_model(unmerged.base_name, dtype=torch.bfloat16)
+    merged = copy.deepcopy(unmerged.model).float().merge_and_unload().to(torch.bfloat16)
+    prompts = ["The capital of France is", "def add(a, b):\n    return"]
+    asked = (unmerged.model, merged, tokenizer, prompts)
+    assert check_parity(*asked, base=base).passed
+    with torch.no_grad():
+        if lost == "one expert":
+            for ours, theirs in zip(merged.model.layers, base.model.layers, strict=True):
+                ours.mlp.experts.gate_up_proj[1] = theirs.mlp.experts.gate_up_proj[1]
+        else:
+            merged.model.layers[1].mlp.gate.weight.mul_(-1)
+    assert not check_parity(*asked, base=base).passed

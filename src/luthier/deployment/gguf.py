@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -259,7 +260,8 @@ def stored_model(file: Path, folder: Path) -> Any:
     if config.model_type == "mistral":
         # The same model by another name, which transformers' reader of llama.cpp's family llama does not know.
         config = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
-    with without_bars():
+    # That reader's bar heeds no setting.
+    with without_bars(), contextlib.redirect_stderr(io.StringIO()):
         return AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,

@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from luthier.deployment.routing import Detours, Routing
 from luthier.deployment.tokens import left_behind, limit_of, token_ids
 from luthier.errors import UserError
 from luthier.models.heads import Head
@@ -96,13 +97,20 @@ def check_parity(
             numbers |= {f"candidate_{k}": v for k, v in distance(ours, theirs).items()}
         return ParityReport(name, not reasons, reasons, numbers, len(prompts))
     fine = copy.deepcopy(reference).float()
-    ours = [log_probabilities(fine, i) for i in ids]
+    routing = Routing()
+    with routing.recorded(fine):
+        ours = [log_probabilities(fine, i) for i in ids]
     untouched = None if base is None else base_log_probabilities(fine if base is reference else base, ids)
     _jitter(fine, next(candidate.parameters()).dtype)
-    jittered = [log_probabilities(fine, i) for i in ids]
+    with routing.followed(fine) as by_rounding:
+        jittered = [log_probabilities(fine, i) for i in ids]
     del fine
-    theirs = [log_probabilities(copy.deepcopy(candidate).float(), i) for i in ids]
-    return judge(name, len(prompts), reasons, ours, jittered, theirs, untouched)
+    fine = copy.deepcopy(candidate).float()
+    with routing.followed(fine) as detours:
+        theirs = [log_probabilities(fine, i) for i in ids]
+    report = judge(name, len(prompts), reasons, ours, jittered, theirs, untouched)
+    judge_routing(report, detours, by_rounding)
+    return report
 
 
 def judge(
@@ -155,6 +163,18 @@ def judge(
                 "what was learnt is lost in its rounding"
             )
     return ParityReport(name, not reasons, reasons, numbers, prompts)
+
+
+def judge_routing(report: ParityReport, detours: Detours, by_rounding: Detours) -> None:
+    """Add to a report how many tokens a candidate's routers would have sent to other experts, where it has routers."""
+    if not detours.choices:
+        return
+    report.numbers |= {"candidate_rerouted": detours.share, "rounding_rerouted": by_rounding.share}
+    if detours.too_many(by_rounding):
+        report.passed = False
+        report.reasons.append(
+            f"{detours.share:.1%} of the choices of experts are other ones; rounding changes {by_rounding.share:.1%}"
+        )
 
 
 def require(report: ParityReport) -> None:

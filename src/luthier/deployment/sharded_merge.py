@@ -21,7 +21,8 @@ import torch
 
 from luthier.deployment.merge import PROMPTS, RECORD, claim
 from luthier.deployment.offloaded_adapter import IN_MEMORY, OffloadedTuned, adapter_layers, owner_of
-from luthier.deployment.parity import ParityReport, jitter, judge, require
+from luthier.deployment.parity import ParityReport, jitter, judge, judge_routing, require
+from luthier.deployment.routing import Routing
 from luthier.deployment.shards import ShardWriter
 from luthier.deployment.tokens import left_behind, token_ids
 from luthier.errors import UserError
@@ -287,12 +288,18 @@ def _gate(
     dtype = next(merged.model.parameters()).dtype
     matrices = [n for n, p in tuned.model.named_parameters(remove_duplicate=False) if p.ndim >= 2]
     rounded = {n for n in matrices if n.endswith(".base_layer.weight")} or set(matrices)
-    ours = _log_probabilities(tuned.model, tuned.read, ids, at)
+    routing = Routing()
+    with routing.recorded(tuned.model):
+        ours = _log_probabilities(tuned.model, tuned.read, ids, at)
     with tuned.model.disable_adapter():
         untouched = _log_probabilities(tuned.model, tuned.read, ids, at)
-    jittered = _log_probabilities(tuned.model, moved, ids, at)
-    theirs = _log_probabilities(merged.model, plain, ids, at)
-    return judge("merged", len(asked), reasons, [ours], [jittered], [theirs], [untouched])
+    with routing.followed(tuned.model) as by_rounding:
+        jittered = _log_probabilities(tuned.model, moved, ids, at)
+    with routing.followed(merged.model) as detours:
+        theirs = _log_probabilities(merged.model, plain, ids, at)
+    report = judge("merged", len(asked), reasons, [ours], [jittered], [theirs], [untouched])
+    judge_routing(report, detours, by_rounding)
+    return report
 
 
 def _places(ids: Sequence[Sequence[int]], most: int) -> tuple[list[int], list[int]]:
