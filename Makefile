@@ -23,8 +23,9 @@ install: $(VENV)/.installed  ## create .venv with luthier and the embedded model
 quickstart: install  ## tune the embedded model on the shipped examples and prove what changed
 	$(BIN)/luthier train examples/records/recipe.yaml --overwrite
 
+# Files go to as many processes as there are cores, each computing in one thread; a process takes up to 4 GB.
 test: install lint  ## run the linters and the tests (under 20 minutes on 2 cores)
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

@@ -8,9 +8,10 @@ from test_fused import FAMILIES, rows, same, step, tiny, wrapped
 
 from luthier.data.batch import pack
 from luthier.training import attention
+from luthier.training.cross_entropy import linear_cross_entropy
 from luthier.training.fused import cuda, reference, varlen
 from luthier.training.fused.flash import Runs, TorchFlash
-from luthier.training.loss import LossFunction, linear_cross_entropy
+from luthier.training.loss import LossFunction
 from luthier.training.optimiser import MasterAdamW
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from luthier.data.batch import pack, pad
 from luthier.data.encode import EncodedExample
 from luthier.models.loading import load_model
-from luthier.training import loss as loss_module
-from luthier.training.loss import LossFunction, linear_cross_entropy
+from luthier.training import cross_entropy
+from luthier.training.cross_entropy import linear_cross_entropy
+from luthier.training.loss import LossFunction
 
 
 def rows(vocabulary: int, lengths=(7, 31, 12, 5), seed: int = 0) -> list[EncodedExample]:
@@ -27,7 +28,7 @@ def rows(vocabulary: int, lengths=(7, 31, 12, 5), seed: int = 0) -> list[Encoded
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("count", [1, 5, 128, 129, 400])
 def test_chunked_is_plain_cross_entropy(monkeypatch, bias, count):
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES_TRAINED_HEAD", 128 * 90 * 4)  # 128 rows of 90 float32 logits
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES_TRAINED_HEAD", 128 * 90 * 4)  # 128 rows of 90 float32 logits
     torch.manual_seed(0)
     hidden, weight = torch.randn(count, 16), torch.randn(90, 16)
     tensors = [hidden, weight, *([torch.randn(90)] if bias else [])]
