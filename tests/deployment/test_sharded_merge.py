@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from luthier.deployment import sharded_merge
+from luthier.deployment import offloaded_adapter, sharded_merge
 from luthier.deployment.merge import merge_adapter
 from luthier.deployment.sharded_merge import merge_sharded
 from luthier.errors import UserError
@@ -171,7 +171,7 @@ def test_the_real_model(smollm2_dir, tmp_path):
 @pytest.mark.parametrize("wrong", ["scale", "layer", "lost", "base"])
 def test_a_wrong_merge_is_refused(bases, tmp_path, monkeypatch, wrong):
     adapter = adapted(tmp_path / "adapter", bases["llama"], dtype=torch.float32)
-    right = sharded_merge._merge_layer
+    right = offloaded_adapter._merge_layer
 
     def broken(layer):
         plain = {k: v.clone() for k, v in layer.get_base_layer().state_dict().items()}
@@ -181,7 +181,7 @@ def test_a_wrong_merge_is_refused(bases, tmp_path, monkeypatch, wrong):
         share = {"scale": 0.9, "layer": 0.0, "lost": 0.0, "base": -1.0}[wrong]
         return {k: plain[k] + share * (merged[k] - plain[k]) for k in merged}
 
-    monkeypatch.setattr(sharded_merge, "_merge_layer", broken)
+    monkeypatch.setattr(offloaded_adapter, "_merge_layer", broken)
     with pytest.raises(UserError, match="parity gate refuses"):
         merge_sharded(adapter, tmp_path / "merged")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

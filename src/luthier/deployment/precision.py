@@ -31,7 +31,7 @@ from luthier.deployment.parity import (
 from luthier.deployment.tokens import limit_of, stops_missing, token_ids, tokens_differ
 from luthier.errors import UserError
 from luthier.models.heads import Head
-from luthier.models.packed import Packing, is_packed, packed_layers, plain_weight
+from luthier.models.packed import Packing, is_packed, multiplied_in, packed_layers, plain_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,8 +95,8 @@ def check_packed(
     ours = [log_probabilities(reference, i) for i in ids]
     kept = [log_probabilities(unpacked, i) for i in ids]
     theirs = [log_probabilities(candidate, i) for i in ids]
-    # The copy in the candidate's own precision.
-    coarse = unpacked.to(candidate.dtype)
+    # The copy in the precision of the candidate's own products.
+    coarse = unpacked.to(multiplied_in(candidate))
     noise = distance(kept, [log_probabilities(coarse, i) for i in ids])
     del unpacked, coarse
     apart, price = distance(kept, theirs), distance(ours, kept)

@@ -154,12 +154,25 @@ def plain_weight(layer: Any) -> torch.Tensor:
     return dequantize_4bit(weight.data, weight.quant_state).float()
 
 
+def multiplied_in(model: Any) -> torch.dtype:
+    """The precision of a packed model's products on this machine.
+
+    On CPUs with AVX512-BF16, bitsandbytes multiplies by matrices in 4 bits in bfloat16, whatever it was told.
+    """
+    layers = packed_layers(model).values()
+    if any(getattr(m, "support_avx512bf16_for_cpu", False) and m.weight.device.type == "cpu" for m in layers):
+        return torch.bfloat16
+    dtype: torch.dtype = model.dtype
+    return dtype
+
+
 @torch.no_grad()
 def compute_in(model: Any, dtype: torch.dtype) -> Any:
     """Make a packed model multiply in another precision; its packed weights stay as they are. Returns the model."""
     for layer in packed_layers(model).values():
         if hasattr(layer.weight, "quant_state"):
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            layer.support_avx512bf16_for_cpu = False  # see `multiplied_in`
         elif hasattr(layer.weight, "target_dtype"):
             layer.weight = torch.nn.Parameter(layer.weight.to(dtype), requires_grad=False)
     for parameter in model.parameters():
