@@ -24,7 +24,7 @@ quickstart: install  ## tune the embedded model on the shipped examples and prov
 	$(BIN)/luthier train examples/records/recipe.yaml --overwrite
 
 # Files go to as many processes as there are cores, each computing in one thread; a process takes up to 4 GB.
-test: install lint  ## run the linters and the tests (under 20 minutes on 2 cores)
+test: install lint  ## run the linters and the tests (8 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install  ## run the tests that take minutes each
