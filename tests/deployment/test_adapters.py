@@ -292,6 +292,14 @@ def test_a_lora_on_fused_experts_is_merged(experts, dtype, tokenizer, tmp_path):
         assert torch.allclose(logits(merged, tokenizer), logits(unmerged, tokenizer), atol=1e-3)
 
 
+def test_a_lora_on_fused_experts_is_merged_shard_by_shard(experts, tmp_path):
+    from luthier.deployment.merge import merge_adapter
+
+    report = merge_adapter(experts, tmp_path / "merged", dtype=torch.bfloat16, shard_by_shard=True)
+    assert {"candidate_rerouted", "rounding_rerouted"} <= report.numbers.keys()
+    assert report.numbers["candidate_mean"] < 1.3 * report.numbers["rounding_mean"]
+
+
 @pytest.mark.parametrize("lost", ["one expert", "the router"])
 def test_a_wrong_merge_of_experts_is_refused(experts, lost, tokenizer):
     from luthier.deployment.parity import check_parity
