@@ -2,8 +2,8 @@
 
 Each kind is made by `quantize_model` or `export_gguf`, behind its parity gate, and answers the quickstart's held-out
 rows as any user of it would be answered: a folder by transformers, a GGUF file by llama.cpp as `luthier serve` runs it.
-All kinds take turns, row by row, in one process. Rows of the table come from functions (`SOURCES`), each of which
-yields sides that can be asked: another runtime's kinds are one more function.
+All kinds take turns, row by row, in one process. "calibrated": by llama.cpp's quantiser with an importance matrix of
+the first 128 rows of `--calibration`.
 
     python benchmarks/quantisation_table.py --model runs/records --rows 40
     python benchmarks/quantisation_table.py --model smollm2 --rows 8 --only int8,nf4 --json quantisation.json
@@ -12,6 +12,7 @@ yields sides that can be asked: another runtime's kinds are one more function.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -32,6 +33,7 @@ from luthier.data.loader import load_file
 from luthier.data.render import Renderer
 from luthier.deployment.footprint import folder_bytes
 from luthier.deployment.gguf import export_gguf
+from luthier.deployment.k_quants import K_QUANTS
 from luthier.deployment.llamacpp import LlamaCppRuntime
 from luthier.deployment.quantize import quantize_model
 from luthier.deployment.serving.engine import Ask, Piece
@@ -44,11 +46,12 @@ from luthier.evaluation.question import Question, ask
 from luthier.methods.answering import load_to_answer
 
 ROWS = Path(__file__).parent.parent / "examples" / "records" / "test.jsonl"
+CALIBRATION = ROWS.with_name("train.jsonl")
 RUN = Path(__file__).parent.parent / "runs" / "records"
 KINDS = ("float32", "bfloat16", "int8", "int4", "nf4")
 GGUF = "gguf "
 GGUF_KINDS = ("f16", "bf16", "q8_0", "q4_0")
-ALL = (*KINDS, *(GGUF + kind for kind in GGUF_KINDS))
+CALIBRATED = " calibrated"
 CONTEXT = 1024  # tokens
 
 
@@ -100,18 +103,20 @@ def loaded(kind: str, place: Path, examples: list[TrainingExample], limit: int, 
 
 
 def gguf_kinds(
-    model: str, kinds: Sequence[str], examples: list[TrainingExample], folder: Path, limit: int
+    model: str, kinds: Sequence[str], examples: list[TrainingExample], folder: Path, limit: int, calibration: Path
 ) -> Iterator[Side]:
     """The kinds that llama.cpp runs; perplexity by llama.cpp too."""
-    for kind in [k.removeprefix(GGUF) for k in kinds if k.startswith(GGUF)]:
-        print(f"{GGUF}{kind}: writing, loading again, comparing", file=sys.stderr, flush=True)
-        made = export_gguf(model, folder / f"gguf-{kind}", kind=kind)
+    for name in [k.removeprefix(GGUF) for k in kinds if k.startswith(GGUF)]:
+        print(f"{GGUF}{name}: writing, loading again, comparing", file=sys.stderr, flush=True)
+        kind = name.removesuffix(CALIBRATED)
+        rows = calibration if name.endswith(CALIBRATED) else None
+        made = export_gguf(model, folder / f"gguf-{name}", kind=kind, calibration=rows)
         file, tokenizer = made.files[0], load_to_answer(model).tokenizer
         with LlamaCppRuntime(file, context=CONTEXT) as runtime:
             perplexity = perplexity_by(runtime, tokenizer, examples)
         engine = LlamaCppEngine(file, {}, context=CONTEXT, slots=1, threads=torch.get_num_threads(), convert=Path)
         yield Side(
-            GGUF + kind,
+            GGUF + name,
             made.sizes[file.name],
             f"llama.cpp, {kind}",
             partial(ask_engine, engine, tokenizer, limit),
@@ -143,8 +148,12 @@ def ask_engine(engine: LlamaCppEngine, tokenizer: Any, limit: int, prompt: str) 
     return "".join(piece.text for piece in pieces), pieces[-1].written
 
 
-Source = Callable[[str, Sequence[str], list[TrainingExample], Path, int], Iterator[Side]]
-SOURCES: list[Source] = [transformers_kinds, gguf_kinds]
+def all_kinds() -> list[str]:
+    """Every kind that can be made here; K-quants where llama.cpp's quantiser is installed."""
+    found = [*KINDS, *(GGUF + kind for kind in GGUF_KINDS)]
+    if importlib.util.find_spec("llama_cpp") is not None:
+        found += [GGUF + kind + rows for kind in K_QUANTS for rows in ("", CALIBRATED)]
+    return found
 
 
 def ask_all(sides: list[Side], questions: list[Question]) -> None:
@@ -191,16 +200,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", help=f"of {','.join(ALL)}; default: all")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="rows that calibrated K-quants heed")
+    parser.add_argument("--only", help=f"of {','.join(all_kinds())}; default: all")
     parser.add_argument("--json", type=Path, help="write all numbers there")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     examples = load_file(a.data).examples[: a.rows]
-    kinds = a.only.split(",") if a.only else list(ALL)
+    kinds = a.only.split(",") if a.only else all_kinds()
     tokenizer = load_to_answer(a.model).tokenizer
     questions = [ask(tokenizer, e, n) for n, e in enumerate(examples, 1)]
     with tempfile.TemporaryDirectory() as folder:
-        sides = [s for make in SOURCES for s in make(a.model, kinds, examples, Path(folder), a.max_new_tokens)]
+        given = (a.model, kinds, examples, Path(folder), a.max_new_tokens)
+        sides = [*transformers_kinds(*given), *gguf_kinds(*given, a.calibration)]
         ask_all(sides, questions)
     found = [row(side, questions) for side in sides]
     print(f"{a.model}, {len(examples)} rows of {a.data.name}, {a.threads} threads\n")

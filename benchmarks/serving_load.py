@@ -80,10 +80,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--kind", default="f16")
+    parser.add_argument("--kind", help="of weights; default: as luthier serve chooses")
     parser.add_argument("--port", type=int, default=8765)
     chosen = parser.parse_args()
-    command = [sys.executable, "-m", "luthier.cli", "serve", chosen.model, "--kind", chosen.kind]
+    command = [
+        sys.executable,
+        "-m",
+        "luthier.cli",
+        "serve",
+        chosen.model,
+        *(["--kind", chosen.kind] * bool(chosen.kind)),
+    ]
     command += ["--port", str(chosen.port), *(f"--adapter={adapter}" for adapter in chosen.adapter)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
@@ -122,7 +129,7 @@ def load(chosen: argparse.Namespace, pid: int) -> None:
     before = process.memory_info().rss
     many, counts = crowd(chosen.clients, chosen.seconds, work)
     after = process.memory_info().rss
-    print(f"models {', '.join(models)}, {chosen.kind}, {chosen.tokens} tokens an answer")
+    print(f"models {', '.join(models)}, {chosen.kind or 'default kind'}, {chosen.tokens} tokens an answer")
     print(f"tokens a second: 1 client {one:.1f}, 16 clients {sixteen:.1f} ({sixteen / one:.2f} times)")
     print(f"{chosen.clients} clients, {chosen.seconds:.0f} s: {many:.1f} tokens a second, {dict(counts)}")
     for model, question, text in sorted(departed):

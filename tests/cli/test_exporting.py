@@ -72,7 +72,9 @@ def test_an_adapter_is_served_beside_its_base(luthier, run, terse_model_dir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--kind", "q4_k_m"), "llama-quantize"),
+        (("--kind", "q4_k"), "q4_k_m"),
+        (("--calibration", "rows.jsonl"), "rounded without rows"),
+        (("--format", "onnx", "--calibration", "rows.jsonl"), "rounds nothing"),
         (("--kind", "q3"), "q3"),
         (("--format", "pdf"), "there is no format 'pdf'"),
         (("--format", "onnx", "--adapter"), "ONNX files hold whole models"),

@@ -30,27 +30,41 @@ def export(
     format: Annotated[
         str, typer.Option(help="gguf (llama.cpp, Ollama), onnx (onnxruntime) or safetensors (vLLM, SGLang).")
     ] = "gguf",
-    kind: Annotated[str, typer.Option(help="Of a GGUF file's weights: f32, bf16, f16, q8_0 or q4_0.")] = "q8_0",
+    kind: Annotated[
+        str,
+        typer.Option(help="Of a GGUF file's weights: f32, bf16, f16, q8_0, q4_0, or a K-quant such as q4_k_m."),
+    ] = "q8_0",
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Leave a LoRA beside its base, in place of one merged model.")
     ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Rows that a K-quant's rounding heeds, such as the training file.", show_default=False),
+    ] = None,
 ) -> None:
     """Export a tuned model for another program, behind the parity gate of that program's own answers."""
     if format not in _FORMATS:
         raise UserError(f"there is no format {format!r}", where="--format", remedy=f"choose {', '.join(_FORMATS)}")
     if adapter and format == "onnx":
         raise UserError("ONNX files hold whole models", where="--adapter", remedy="leave it out: the adapter is merged")
-    {"gguf": _gguf, "onnx": _onnx, "safetensors": _safetensors}[format](
-        run, output or run / format, kind, adapter, open_console()
-    )
+    target, console = output or run / format, open_console()
+    if format == "gguf":
+        _gguf(run, target, kind, adapter, calibration, console)
+        return
+    if calibration is not None:
+        raise UserError(
+            f"--format {format} rounds nothing", where="--calibration", remedy="leave it out, or choose a K-quant"
+        )
+    {"onnx": _onnx, "safetensors": _safetensors}[format](run, target, adapter, console)
 
 
-def _gguf(run: Path, output: Path, kind: str, adapter: bool, console: Console) -> None:
+def _gguf(run: Path, output: Path, kind: str, adapter: bool, calibration: Path | None, console: Console) -> None:
     from luthier.deployment.gguf import export_gguf
     from luthier.deployment.parity import render_parity
     from luthier.finished import held_out_prompts
 
-    made = export_gguf(run, output, kind=kind, adapter=adapter, prompts=held_out_prompts(run))
+    prompts = held_out_prompts(run)
+    made = export_gguf(run, output, kind=kind, adapter=adapter, prompts=prompts, calibration=calibration)
     console.print(_sizes(made.sizes), render_parity(made.report))
     weights, lora = made.files[0], " --lora " + shlex.quote(str(output / "adapter.gguf")) if adapter else ""
     _say(
@@ -61,7 +75,7 @@ def _gguf(run: Path, output: Path, kind: str, adapter: bool, console: Console) -
     )
 
 
-def _onnx(run: Path, output: Path, kind: str, adapter: bool, console: Console) -> None:
+def _onnx(run: Path, output: Path, adapter: bool, console: Console) -> None:
     from luthier.deployment.onnx import export_onnx
     from luthier.deployment.parity import render_parity
     from luthier.finished import held_out_prompts
@@ -71,7 +85,7 @@ def _onnx(run: Path, output: Path, kind: str, adapter: bool, console: Console) -
     _say(console, f"exported to {output}", *(f"onnxruntime:  {file}" for file in made.files if file.suffix == ".onnx"))
 
 
-def _safetensors(run: Path, output: Path, kind: str, adapter: bool, console: Console) -> None:
+def _safetensors(run: Path, output: Path, adapter: bool, console: Console) -> None:
     from luthier.deployment.parity import render_parity
     from luthier.finished import model_to_serve
 

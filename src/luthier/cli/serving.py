@@ -150,7 +150,13 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What requests call it; its folder's name by default.")] = None,
     engine: Annotated[str, typer.Option(help="llamacpp, or transformers (slow, the reference).")] = "llamacpp",
-    kind: Annotated[str, typer.Option(help="Weights in llama.cpp: f32, bf16, f16, q8_0 or q4_0.")] = "f16",
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights in llama.cpp: f32, bf16, f16, q8_0, q4_0, or a K-quant; by default bf16 or f16, the faster.",
+            show_default=False,
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Beyond loopback only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     api_key_env: Annotated[

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.data.examples import TrainingExample
 from luthier.deployment.gguf_vocabulary import adds
 from luthier.deployment.gguf_writing import Weights, require_kind, write_adapter_gguf, write_gguf
+from luthier.deployment.k_quants import K_QUANTS, importance_of
 from luthier.deployment.llamacpp import LlamaCppRuntime, require_llamacpp
-from luthier.deployment.merge import PROMPTS, merge_adapter
+from luthier.deployment.merge import PROMPTS, plain_model
 from luthier.deployment.ollama import modelfile
 from luthier.deployment.parity import ParityReport, distance, log_probabilities, require
+from luthier.deployment.rows import Rows
 from luthier.deployment.runtimes import check_runtime
 from luthier.deployment.tokens import token_ids
 from luthier.errors import UserError
@@ -31,11 +34,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "luthier_gguf.json"
+_CALIBRATION_ROWS, _CALIBRATION_TOKENS = 128, 1024
 # ‖written - stored‖ / ‖stored‖ of a matrix, at most. Of every ninth of SmolLM2's, stored in bfloat16: bf16 and
-# f16 0, q8_0 0.0014 to 0.0061, q4_0 0.084 to 0.096; of normal random numbers: bf16 0.0017, f16 2.1e-4.
+# f16 0, q8_0 0.0014 to 0.0061, q4_0 0.084 to 0.096; of normal random numbers: bf16 0.0017, f16 2.1e-4. K-quants, the
+# worst matrix of either: q6_k 0.018, q5_k_m 0.053, q4_k_m 0.072, q3_k_m 0.15, q2_k 0.30.
 _WEIGHTS_APART = {"f32": 1e-6, "bf16": 3e-3, "f16": 5e-4, "q8_0": 0.015, "q4_0": 0.2}
-# How much of a matrix's projection on what was stored may be lost: of the same in q4_0, 0.004 to 0.005.
-_SHARE = 0.02
+_WEIGHTS_APART |= {"q6_k": 0.04, "q5_k_m": 0.1, "q4_k_m": 0.15, "q3_k_m": 0.3, "q2_k": 0.45}
+# How much of a matrix's projection on what was stored may be lost: of the same in q4_0, 0.004 to 0.005; in K-quants, up
+# to 0.0195 (q5_1, which q5_k_m has in place of q5_k), in a calibrated q2_k of random numbers 0.052.
+_SHARE, _K_SHARE = 0.02, 0.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ def export_gguf(
     kind: str = "q8_0",
     adapter: bool = False,
     prompts: Sequence[str] | None = None,
+    calibration: str | Path | Sequence[TrainingExample] | None = None,
 ) -> GgufExport:
     """Write a tuned model as GGUF with a Modelfile, and let it go when llama.cpp answers as transformers does.
 
@@ -66,12 +74,21 @@ def export_gguf(
         kind: of the weights, one of :data:`~luthier.deployment.gguf_writing.KINDS`.
         adapter: write the base and the LoRA beside it as two files, in place of one merged model.
         prompts: rendered texts for the gate; None: a few plain ones.
+        calibration: rows, or a file of rows, such as those of training: a K-quant's rounding errors count by what the
+            model's layers carry on the first of them.
 
     Raises:
         UserError: the model cannot be written so, the folder is in use, llama.cpp is not installed, the disk is full,
             or the gate refuses; nothing is left behind.
     """
     require_kind(kind)
+    if calibration is not None and (kind not in K_QUANTS or adapter):
+        what = "a base beside an adapter is" if adapter else f"kind {kind} is"
+        raise UserError(
+            f"{what} rounded without rows",
+            where="--calibration",
+            remedy=f"leave it out, or export one merged model as {', '.join(K_QUANTS)}",
+        )
     require_llamacpp()
     if not Path(path).expanduser().is_dir():
         resolve_model(path)  # before a folder is made beside what is not there
@@ -86,8 +103,10 @@ def export_gguf(
         with writing(target):
             aside.mkdir(parents=True)
             work.mkdir()
-        made = _with_adapter if adapter else _whole
-        report = made(path, aside, work, kind, asked)
+        if adapter:
+            report = _with_adapter(path, aside, work, kind, asked)
+        else:
+            report = _whole(path, aside, work, kind, asked, calibration)
         require(report)
         names = [file.name for file in aside.iterdir()]
         names.sort(key=lambda name: (name == "Modelfile", not name.startswith(("model", "base"))))
@@ -114,11 +133,22 @@ def _claim(target: Path) -> None:
         )
 
 
-def _whole(path: str | Path, aside: Path, work: Path, kind: str, prompts: Sequence[str]) -> ParityReport:
+def _whole(
+    path: str | Path,
+    aside: Path,
+    work: Path,
+    kind: str,
+    prompts: Sequence[str],
+    calibration: str | Path | Sequence[TrainingExample] | None,
+) -> ParityReport:
     """One merged model: writes it, and what the gate says of it."""
-    folder, base_name = _plain_model(path, work, prompts)
-    file = write_gguf(folder, aside / f"model-{kind}.gguf", kind)
+    folder, base_name = plain_model(path, work, prompts)
     reference, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    importance = None
+    if calibration is not None:
+        rows = Rows.of(path, tokenizer, calibration, _CALIBRATION_ROWS).encoded
+        importance = importance_of(reference, [torch.as_tensor(r.input_ids[:_CALIBRATION_TOKENS]) for r in rows])
+    file = write_gguf(folder, aside / f"model-{kind}.gguf", kind, importance=importance)
     stops = stop_tokens(reference, tokenizer)
     _write_modelfile(aside, file, tokenizer, stops)
     base = None if base_name is None else load_model(base_name, dtype=torch.float32)
@@ -215,20 +245,6 @@ def _with_adapter(path: str | Path, aside: Path, work: Path, kind: str, prompts:
     return report
 
 
-def _plain_model(path: str | Path, work: Path, prompts: Sequence[str]) -> tuple[Path, str | None]:
-    """A folder of plain weights, merged where they are an adapter's, and the name of what they were tuned from."""
-    folder = Path(path).expanduser()
-    try:
-        adapter = AdapterFolder.read(path)
-    except UserError:
-        if not folder.is_dir() or (folder / "config.json").is_file():
-            return Path(resolve_model(path)), None
-        saved = load_saved(path)
-        return Path(saved.model.name_or_path), saved.base_name
-    merge_adapter(path, work / "merged", prompts=prompts)
-    return work / "merged", adapter.base_name
-
-
 def _write_modelfile(
     aside: Path,
     file: Path,
@@ -273,7 +289,8 @@ def stored_model(file: Path, folder: Path) -> Any:
 
 def arithmetic_noise(model: Any, kind: str, ids: Sequence[Sequence[int]]) -> dict[str, float]:
     """What llama.cpp's arithmetic costs: it rounds what each matrix is multiplied with to the precision that fits the
-    matrix (float16, bfloat16, or blocks of 32 in 8 bits), which is done here to transformers' own products.
+    matrix (float16, bfloat16, or 8 bits in blocks of 32, of K-quants 256), which is done here to transformers' own
+    products.
 
     Of SmolLM2 and six conversations, llama.cpp lay away from the weights' float32 by 0.93 (f16), 0.89 (bf16), 0.93
     (q8_0) and 1.02 (q4_0) times the mean |Δ log-probability| that this gives.
@@ -310,11 +327,13 @@ def _rounding(model: Any, kind: str) -> Iterator[None]:
 def _round(values: torch.Tensor, kind: str) -> torch.Tensor:
     if kind in ("f16", "bf16"):
         return values.to(torch.float16 if kind == "f16" else torch.bfloat16).to(values.dtype)
-    if values.shape[-1] % 32:
+    size = 256 if kind in K_QUANTS and values.shape[-1] % 256 == 0 else 32
+    if values.shape[-1] % size:
         return values
-    blocks = values.unflatten(-1, (-1, 32))
+    blocks = values.unflatten(-1, (-1, size))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return ((blocks / scale.clamp(min=1e-30)).round() * scale.half().to(values.dtype)).flatten(-2)
+    stored = scale.half().to(values.dtype) if size == 32 else scale
+    return ((blocks / scale.clamp(min=1e-30)).round() * stored).flatten(-2)
 
 
 @torch.no_grad()
@@ -331,7 +350,7 @@ def _weights_differ(report: ParityReport, folder: Path, stored: Any, kind: str) 
         length = float(ours.norm()) or 1.0
         apart, share = float((ours - theirs).norm()) / length, float((ours * theirs).sum()) / length**2
         worst = max(worst, apart)
-        if not (apart <= _WEIGHTS_APART[kind] and abs(share - 1) <= _SHARE):
+        if not (apart <= _WEIGHTS_APART[kind] and abs(share - 1) <= (_K_SHARE if kind in K_QUANTS else _SHARE)):
             reasons.append(
                 f"{name} lies {apart:.3g} of its length away from what was exported; {share:.3g} of it is left"
             )

@@ -25,6 +25,7 @@ from luthier.deployment.gguf_families import (
     rope_factors,
 )
 from luthier.deployment.gguf_vocabulary import put_vocabulary
+from luthier.deployment.k_quants import K_QUANTS, Importance, quantise, require_quantiser
 from luthier.errors import UserError
 from luthier.methods.saved import AdapterFolder
 from luthier.models.loading import load_config, load_tokenizer, resolve_model
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter, TensorNameMap
 
-KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0")
+WRITTEN = ("f32", "bf16", "f16", "q8_0", "q4_0")
+"""Kinds that the ``gguf`` library writes."""
+KINDS = (*WRITTEN, *K_QUANTS)
 _FILE_TYPES = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -50,20 +53,19 @@ def require_kind(kind: str) -> None:
     """Refuse kinds of weights that cannot be written.
 
     Raises:
-        UserError: it is one of those.
+        UserError: it is one of those, or what makes it is not installed.
     """
-    if kind in KINDS:
-        return
-    # The gguf library reads K-quants and does not make them, nor does the binding of llama.cpp.
-    other = "; K-quants: llama.cpp's own `llama-quantize`, from an f16 or bf16 file" if "_k" in kind.lower() else ""
-    raise UserError(
-        f"GGUF files of kind {kind!r} cannot be written here",
-        where="--kind",
-        remedy=f"kinds that can: {', '.join(KINDS)}{other}",
-    )
+    if kind not in KINDS:
+        raise UserError(
+            f"GGUF files of kind {kind!r} cannot be written", where="--kind", remedy=f"choose {', '.join(KINDS)}"
+        )
+    if kind in K_QUANTS:
+        require_quantiser()
 
 
-def write_gguf(model_folder: str | Path, target_file: str | Path, kind: str) -> Path:
+def write_gguf(
+    model_folder: str | Path, target_file: str | Path, kind: str, *, importance: Importance | None = None
+) -> Path:
     """Write a plain model with its tokenizer and chat template as one GGUF file.
 
     Vectors stay in float32. In q4_0 the embeddings and the output head are q8_0, as they cost the most where they are
@@ -72,7 +74,8 @@ def write_gguf(model_folder: str | Path, target_file: str | Path, kind: str) -> 
     Args:
         model_folder: a transformers folder with safetensors, or an embedded model's name.
         target_file: written aside and renamed when whole; an earlier file is replaced.
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS`. A K-quant is made of a whole file beside it, which is removed.
+        importance: of inputs, by transformers' names, for a K-quant; see :mod:`luthier.deployment.k_quants`.
 
     Returns:
         the file.
@@ -83,6 +86,8 @@ def write_gguf(model_folder: str | Path, target_file: str | Path, kind: str) -> 
     from gguf import GGUFWriter, LlamaFileType
 
     require_kind(kind)
+    if kind in K_QUANTS:
+        return _write_k_quant(model_folder, Path(target_file).expanduser(), kind, importance)
     config = load_config(model_folder).get_text_config()
     folder = Path(resolve_model(model_folder))
     family = family_of(config, str(folder))
@@ -107,6 +112,23 @@ def write_gguf(model_folder: str | Path, target_file: str | Path, kind: str) -> 
     finally:
         writer.close()
         aside.unlink(missing_ok=True)
+    return target
+
+
+def _write_k_quant(model_folder: str | Path, target: Path, kind: str, importance: Importance | None) -> Path:
+    config = load_config(model_folder).get_text_config()
+    folder = Path(resolve_model(model_folder))
+    names = _name_map(family_of(config, str(folder)), config)
+    columns = {_llamacpp_name(names, name): values for name, values in (importance or {}).items()}
+    whole, aside = (target.parent / f".{part}-{target.name}" for part in ("whole", "writing"))
+    try:
+        write_gguf(folder, whole, "bf16" if Weights.of(folder).dtypes() == {"BF16"} else "f32")
+        with writing(target):
+            quantise(whole, aside, kind, columns)
+            aside.replace(target)
+    finally:
+        for part in (whole, aside):
+            part.unlink(missing_ok=True)
     return target
 
 
@@ -142,6 +164,16 @@ class Weights:
 
         with safe_open(self.files[name], framework="pt") as stream:
             return tuple(stream.get_slice(name).get_shape())
+
+    def dtypes(self) -> set[str]:
+        """All precisions, by safetensors' names."""
+        from safetensors import safe_open
+
+        found = set()
+        for part in set(self.files.values()):
+            with safe_open(part, framework="pt") as stream:
+                found |= {stream.get_slice(name).get_dtype() for name in stream.keys()}  # noqa: SIM118
+        return found
 
     def read(self, name: str) -> torch.Tensor:
         from safetensors import safe_open

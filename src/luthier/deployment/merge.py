@@ -15,9 +15,9 @@ from luthier.deployment.parity import ParityReport, check_parity, require
 from luthier.deployment.quantized_merge import weigh_merge
 from luthier.errors import UserError
 from luthier.methods import get_method
-from luthier.methods.saved import adapter_dtype, load_saved
+from luthier.methods.saved import AdapterFolder, adapter_dtype, load_saved
 from luthier.models.heads import Head
-from luthier.models.loading import load_model, load_tokenizer, set_stop_tokens, without_bars
+from luthier.models.loading import load_model, load_tokenizer, resolve_model, set_stop_tokens, without_bars
 from luthier.models.quantized import QuantizedFrom, quantized_from
 from luthier.training.checkpoint import writing
 
@@ -76,6 +76,32 @@ def merge_adapter(
         if finest != held:
             saved = load_saved(adapter_path, dtype=finest)
     return _merge(saved.model, saved.tokenizer, output_dir, prompts, dtype)
+
+
+def plain_model(path: str | Path, work: Path, prompts: Sequence[str]) -> tuple[Path, str | None]:
+    """A folder of plain weights, for what other programs read.
+
+    Args:
+        path: a run, adapter or model folder, or an embedded model's name.
+        work: a folder; an adapter is merged in it.
+        prompts: rendered texts for the gate of that merge.
+
+    Returns:
+        the folder, and the name of what it was tuned from; None: nothing says that.
+
+    Raises:
+        UserError: there is no model, or the merge is refused.
+    """
+    folder = Path(path).expanduser()
+    try:
+        adapter = AdapterFolder.read(path)
+    except UserError:
+        if not folder.is_dir() or (folder / "config.json").is_file():
+            return Path(resolve_model(path)), None
+        saved = load_saved(path)
+        return Path(saved.model.name_or_path), saved.base_name
+    merge_adapter(path, work / "merged", prompts=prompts)
+    return work / "merged", adapter.base_name
 
 
 def merge_model(

@@ -14,22 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Group
 
-from luthier.data.chats import ChatEncoder
-from luthier.data.dataset import prepare
-from luthier.data.encode import EncodedExample
 from luthier.data.examples import TrainingExample
-from luthier.data.loader import load_source
-from luthier.data.render import Renderer, prompt_messages, prompt_text
 from luthier.deployment.footprint import Footprint, footprints, render_footprints
 from luthier.deployment.merge import PROMPTS, claim, merge_adapter
 from luthier.deployment.parity import ParityReport, check_parity, render_parity, require
 from luthier.deployment.precision import check_packed, layers_to_pack
+from luthier.deployment.rows import Rows
 from luthier.errors import UserError, counted
 from luthier.methods.answering import load_to_answer
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.loading import load_config, load_model, load_tokenizer, resolve_model, set_stop_tokens, without_bars
 from luthier.models.packed import PACKINGS, library_of, require_library
-from luthier.recipe import Recipe
 from luthier.runfolder import QUANTIZED, RunFolder
 from luthier.training.checkpoint import writing
 
@@ -39,7 +34,6 @@ if TYPE_CHECKING:
 RECORD = "luthier_quantize.json"
 CASTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _SPELLINGS = {"fp16": "float16", "bf16": "bfloat16"}
-_PARITY_PROMPTS = 8
 
 
 @dataclass(slots=True)
@@ -110,7 +104,7 @@ def quantize_model(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with _whole_model(model_path, aside.parent / f".merging-{target.name}") as whole:
-            rows = _Rows.of(model_path, whole.tokenizer, data, max_rows)
+            rows = Rows.of(model_path, whole.tokenizer, data, max_rows)
             asked = list(prompts or rows.prompts or PROMPTS)
             parity = _written(whole, aside, kind, asked, target)
             gc.collect()
@@ -274,45 +268,3 @@ def _made(whole: _Whole, reference: Any, kind: str) -> Any:
         # Where all models are loaded; a GPU may not hold what is not yet quantised.
         device_map={"": "cpu"},
     ).eval()
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Held-out rows: what the gate asks, and what perplexity is measured on."""
-
-    prompts: list[str] = field(default_factory=list)
-    encoded: list[EncodedExample] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        model_path: str | Path,
-        tokenizer: PreTrainedTokenizerBase,
-        data: str | Path | Sequence[TrainingExample] | None,
-        most: int,
-    ) -> _Rows:
-        """Those given, or those of the run.
-
-        Raises:
-            UserError: a file cannot be read, or holds no row with an answer.
-        """
-        path = Path(model_path).expanduser() / "recipe.yaml"
-        recipe = Recipe.load(path) if path.is_file() and RunFolder(path.parent).finished else None
-        system = recipe.data.system if recipe else None
-        if data is None:
-            if recipe is None or not recipe.data.train:
-                return cls(notes=["perplexity was not measured: no rows were given (--data FILE)"])
-            found = prepare(recipe, tokenizer)
-            part = next((p for p in reversed(found.parts) if p.examples), found.train)
-            examples, encoded = list(part.examples[:most]), list(part.encoded[:most])
-        else:
-            examples = load_source(str(data)).examples if isinstance(data, str | Path) else list(data)
-            renderer = Renderer(tokenizer, system=system, train_on="last_answer", allow_special_tokens=True)
-            encoded = ChatEncoder(renderer).encode(examples[:most]).examples
-        if not encoded:
-            raise UserError(
-                "no row has an answer to measure on", where=str(data or path), remedy="name rows with answers"
-            )
-        asked = [e for e in examples if not e.is_plain_text][:_PARITY_PROMPTS]
-        return cls([prompt_text(tokenizer, prompt_messages(e, system), e.tools) for e in asked], encoded)

@@ -23,7 +23,7 @@ def test_what_cannot_be_served_is_told(tiny_model_dir, terse_model_dir, adapters
             ({"api_key_env": "EMPTY_KEY"}, "EMPTY_KEY"),
             ({"port": port}, "cannot listen"),
             ({"engine": "magic"}, "no engine"),
-            ({"kind": "q4_k_m"}, "q4_k_m"),
+            ({"kind": "q4_k"}, "q4_k_m"),
             ({"max_model_len": 10**6}, "reads 2,048 tokens"),
             ({"name": "a/b"}, "cannot be a model's name"),
             ({"adapters": {"orders": str(adapters["polite"])}}, "two adapters"),

@@ -153,7 +153,9 @@ class LlamaCppEngine:
 
 
 def _request(ask: Ask, lora: list[dict[str, Any]]) -> dict[str, Any]:
-    """In llama.cpp's words. Its own defaults cut unlikely tokens away: all of them are named and off."""
+    """In llama.cpp's words. Its own defaults cut unlikely tokens away: all of them are named and off. The likeliest
+    token alone is found in one pass over the vocabulary."""
+    greedy = ask.temperature == 0
     request: dict[str, Any] = {
         "prompt": list(ask.ids),
         "max_tokens": ask.max_tokens,
@@ -163,12 +165,12 @@ def _request(ask: Ask, lora: list[dict[str, Any]]) -> dict[str, Any]:
         "lora": lora,
         "temperature": ask.temperature,
         "top_p": ask.top_p,
-        "top_k": 0,
+        "top_k": 1 if greedy else 0,
         "min_p": 0.0,
         "repeat_penalty": 1.0,
         "frequency_penalty": ask.frequency_penalty,
         "presence_penalty": ask.presence_penalty,
-        "samplers": ["penalties", "temperature", "top_p"],
+        "samplers": ["penalties", "top_k"] if greedy else ["penalties", "temperature", "top_p"],
         "seed": random.getrandbits(32) if ask.seed is None else ask.seed % 2**32,
         "stop": list(ask.stop),
     }

@@ -17,7 +17,7 @@ from luthier.data.render import prompt_text
 from luthier.deployment.adapters import AdapterSet
 from luthier.deployment.gguf import check_adapter, check_file
 from luthier.deployment.gguf_writing import require_kind, write_adapter_gguf, write_gguf
-from luthier.deployment.llamacpp import require_llamacpp
+from luthier.deployment.llamacpp import fastest_kind, require_llamacpp, unused_instructions
 from luthier.deployment.parity import ParityReport, render_parity, require
 from luthier.deployment.serving.engine import Engine
 from luthier.deployment.serving.llamacpp import LlamaCppEngine
@@ -142,18 +142,34 @@ def serve_llamacpp(
     limits: Limits,
     adapter_root: Path | None,
     *,
-    kind: str,
+    kind: str | None,
     slots: int,
     threads: int | None,
     console: Console,
 ) -> Served:
     """The models in llama.cpp, from files that are made where they are not there from an earlier start.
 
+    Args:
+        sources: what is served.
+        limits: of requests.
+        adapter_root: folder of adapters that may be added.
+        kind: of the base's weights; None: the fastest one in 16 bits.
+        slots: answers that are written at once.
+        threads: that compute; None: one a core.
+        console: where to say what happens.
+
     Raises:
         UserError: a model cannot be written as GGUF, or the parity gate refuses what llama.cpp makes of it.
     """
     require_llamacpp()
+    kind = kind or fastest_kind()
     require_kind(kind)
+    if unused_instructions():
+        console.print(
+            "llama.cpp is not built for this processor's AVX-512: built from source it answers many requests at once "
+            "about twice as fast (docs/serve.md)",
+            style="dim",
+        )
     files = _Files(sources, kind, console)
     engine = LlamaCppEngine(
         files.base(),

@@ -24,7 +24,7 @@ def serve(
     adapters: Mapping[str, str] | None = None,
     name: str | None = None,
     engine: str = "llamacpp",
-    kind: str = "f16",
+    kind: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_env: str | None = None,
@@ -46,7 +46,8 @@ def serve(
         adapters: further adapters of the same base, by the names that requests call them.
         name: of what ``path`` holds; None: its folder's.
         engine: ``llamacpp``, or ``transformers`` (slow; the reference).
-        kind: precision of the weights in llama.cpp: f32, bf16, f16, q8_0 or q4_0.
+        kind: precision of the weights in llama.cpp, see ``luthier.deployment.gguf_writing.KINDS``; None: bf16 where
+            llama.cpp multiplies it by the processor's own instructions, else f16.
         host: address to listen on; beyond loopback only with a key.
         port: 0: any free one.
         api_key_env: environment variable that holds the key, or several with commas between.
