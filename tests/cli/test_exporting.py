@@ -74,7 +74,9 @@ def test_an_adapter_is_served_beside_its_base(luthier, run, terse_model_dir):
     [
         (("--kind", "q4_k"), "q4_k_m"),
         (("--calibration", "rows.jsonl"), "rounded without rows"),
-        (("--format", "onnx", "--calibration", "rows.jsonl"), "rounds nothing"),
+        (("--format", "onnx", "--calibration", "rows.jsonl"), "rounded without rows"),
+        (("--format", "genai", "--kind", "q8_0"), "f32 or int4"),
+        (("--format", "safetensors", "--kind", "q8_0"), "keeps the precision"),
         (("--kind", "q3"), "q3"),
         (("--format", "pdf"), "there is no format 'pdf'"),
         (("--format", "onnx", "--adapter"), "ONNX files hold whole models"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_FORMATS = ("gguf", "onnx", "safetensors")
+_FORMATS = ("gguf", "onnx", "genai", "safetensors")
 
 
 @app.command()
@@ -28,12 +28,19 @@ def export(
         Path | None, typer.Argument(help="A new folder, or an earlier export's; RUN/FORMAT by default.")
     ] = None,
     format: Annotated[
-        str, typer.Option(help="gguf (llama.cpp, Ollama), onnx (onnxruntime) or safetensors (vLLM, SGLang).")
+        str,
+        typer.Option(
+            help="gguf (llama.cpp, Ollama), onnx (onnxruntime), genai (onnxruntime-genai), safetensors (vLLM, SGLang)."
+        ),
     ] = "gguf",
     kind: Annotated[
-        str,
-        typer.Option(help="Of a GGUF file's weights: f32, bf16, f16, q8_0, q4_0, or a K-quant such as q4_k_m."),
-    ] = "q8_0",
+        str | None,
+        typer.Option(
+            help="Of the weights. GGUF: f32, bf16, f16, q8_0 (default), q4_0, or a K-quant such as q4_k_m; genai: f32 "
+            "(default) or int4.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Leave a LoRA beside its base, in place of one merged model.")
     ] = False,
@@ -45,15 +52,26 @@ def export(
     """Export a tuned model for another program, behind the parity gate of that program's own answers."""
     if format not in _FORMATS:
         raise UserError(f"there is no format {format!r}", where="--format", remedy=f"choose {', '.join(_FORMATS)}")
-    if adapter and format == "onnx":
+    if adapter and format in ("onnx", "genai"):
         raise UserError("ONNX files hold whole models", where="--adapter", remedy="leave it out: the adapter is merged")
     target, console = output or run / format, open_console()
     if format == "gguf":
-        _gguf(run, target, kind, adapter, calibration, console)
+        _gguf(run, target, kind or "q8_0", adapter, calibration, console)
         return
     if calibration is not None:
         raise UserError(
-            f"--format {format} rounds nothing", where="--calibration", remedy="leave it out, or choose a K-quant"
+            f"--format {format} is rounded without rows",
+            where="--calibration",
+            remedy="leave it out, or choose a K-quant of --format gguf",
+        )
+    if format == "genai":
+        _genai(run, target, kind or "f32", console)
+        return
+    if kind is not None:
+        raise UserError(
+            f"--format {format} keeps the precision that it has",
+            where="--kind",
+            remedy="leave it out, or choose --format gguf or genai",
         )
     {"onnx": _onnx, "safetensors": _safetensors}[format](run, target, adapter, console)
 
@@ -83,6 +101,16 @@ def _onnx(run: Path, output: Path, adapter: bool, console: Console) -> None:
     made = export_onnx(run, output, prompts=held_out_prompts(run))
     console.print(_sizes(made.sizes), render_parity(made.report))
     _say(console, f"exported to {output}", *(f"onnxruntime:  {file}" for file in made.files if file.suffix == ".onnx"))
+
+
+def _genai(run: Path, output: Path, kind: str, console: Console) -> None:
+    from luthier.deployment.genai import export_genai
+    from luthier.deployment.parity import render_parity
+    from luthier.finished import held_out_prompts
+
+    made = export_genai(run, output, kind=kind, prompts=held_out_prompts(run))
+    console.print(_sizes(made.sizes), render_parity(made.report))
+    _say(console, f"exported to {output}", f"onnxruntime-genai:  onnxruntime_genai.Model({str(output)!r})")
 
 
 def _safetensors(run: Path, output: Path, adapter: bool, console: Console) -> None:

@@ -228,15 +228,15 @@ def _classes(folder: Path) -> Any:
     return Head.of_config(AutoConfig.from_pretrained(folder)).classes
 
 
-def claim(target: Path) -> None:
-    """Only an empty folder or an earlier ONNX export is written over.
+def claim(target: Path, record: str = RECORD) -> None:
+    """Only an empty folder or an earlier ONNX export, which has that record, is written over.
 
     Raises:
         UserError: the folder is another.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{str(target)!r} is a file", remedy="name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
         raise UserError(
             f"{str(target)!r} is not empty and holds no earlier ONNX export",
             remedy="name another folder; nothing was touched",
