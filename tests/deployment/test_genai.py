@@ -124,7 +124,9 @@ def test_the_page_s_code_answers_as_the_model(terse_model_dir, tmp_path):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     ids = GenaiRuntime(tmp_path / "out").greedy(tokenizer(prompt, add_special_tokens=False).input_ids, 64)
-    assert done.stdout.rstrip("\n") == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\n")
+    # A random model writes bytes that are no characters, which the two decoders replace otherwise.
+    said, right = (t.split("\ufffd")[0] for t in (done.stdout, tokenizer.decode(ids, skip_special_tokens=True)))
+    assert len(right) > 20 and said.strip() == right.strip()
 
 
 def test_mistakes_are_named_and_leave_nothing(terse_model_dir, tmp_path, monkeypatch):
