@@ -104,11 +104,7 @@ def write_gguf(
         put_hyperparameters(writer, family, config, str(folder))
         put_vocabulary(writer, folder, load_tokenizer(folder, chats=False), config.vocab_size)
         tensors = _planned(weights, family, config, kind)
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(writer, tensors)
-            writer.close()
-            aside.replace(target)
+        _write(writer, tensors, aside, target)
     finally:
         writer.close()
         aside.unlink(missing_ok=True)
@@ -247,7 +243,8 @@ def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
     return kind
 
 
-def _write(writer: GGUFWriter, tensors: list[_Tensor]) -> None:
+def _write(writer: GGUFWriter, tensors: list[_Tensor], aside: Path, target: Path) -> None:
+    """The tensors behind what the writer has been given, aside; named when whole."""
     import numpy as np
     from gguf import GGMLQuantizationType
 
@@ -256,11 +253,15 @@ def _write(writer: GGUFWriter, tensors: list[_Tensor]) -> None:
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), _bytes(tensor.shape, number), raw_dtype=number
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(_packed(tensor))
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(_packed(tensor))
+        writer.close()
+        aside.replace(target)
 
 
 def _bytes(shape: tuple[int, ...], number: GGMLQuantizationType) -> int:
@@ -315,11 +316,7 @@ def write_adapter_gguf(adapter_folder: str | Path, target_file: str | Path) -> P
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         tensors = list(_lora_tensors(adapter, family, config, alpha))
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(writer, tensors)
-            writer.close()
-            aside.replace(target)
+        _write(writer, tensors, aside, target)
     finally:
         writer.close()
         aside.unlink(missing_ok=True)

@@ -167,7 +167,7 @@ def serve_llamacpp(
     if unused_instructions():
         console.print(
             "llama.cpp is not built for this processor's AVX-512: built from source it answers many requests at once "
-            "about twice as fast (docs/serve.md)",
+            "up to twice as fast (docs/serve.md)",
             style="dim",
         )
     files = _Files(sources, kind, console)
