@@ -18,7 +18,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,18 +72,15 @@ class Side:
     seconds: float = 0.0
 
 
-def transformers_kinds(
-    model: str, kinds: Sequence[str], examples: list[TrainingExample], folder: Path, limit: int
-) -> Iterator[Side]:
-    """The kinds that transformers loads. float32 is bfloat16's folder without its rounding: the weights of a base that
-    is stored in bfloat16 are the same in both."""
-    for kind in [k for k in kinds if not k.startswith(GGUF)]:
-        print(f"{kind}: writing, loading again, comparing", file=sys.stderr, flush=True)
-        stored = "bfloat16" if kind == "float32" else kind
-        place = folder / stored
-        if not place.is_dir():
-            quantize_model(model, place, stored, data=examples, max_rows=1)
-        yield loaded(kind, place, examples, limit, torch.float32 if kind == "float32" else None)
+def transformers_side(a: argparse.Namespace, kind: str, examples: list[TrainingExample], folder: Path) -> Side:
+    """A kind that transformers loads. float32 is bfloat16's folder without its rounding: the weights of a base that is
+    stored in bfloat16 are the same in both."""
+    print(f"{kind}: writing, loading again, comparing", file=sys.stderr, flush=True)
+    stored = "bfloat16" if kind == "float32" else kind
+    place = folder / stored
+    if not place.is_dir():
+        quantize_model(a.model, place, stored, data=examples, max_rows=1)
+    return loaded(kind, place, examples, a.max_new_tokens, torch.float32 if kind == "float32" else None)
 
 
 def loaded(kind: str, place: Path, examples: list[TrainingExample], limit: int, dtype: torch.dtype | None) -> Side:
@@ -102,26 +99,18 @@ def loaded(kind: str, place: Path, examples: list[TrainingExample], limit: int, 
     return Side(kind, size, computed_in, answer, perplexity_of_examples(saved.model, encoded).perplexity)
 
 
-def gguf_kinds(
-    model: str, kinds: Sequence[str], examples: list[TrainingExample], folder: Path, limit: int, calibration: Path
-) -> Iterator[Side]:
-    """The kinds that llama.cpp runs; perplexity by llama.cpp too."""
-    for name in [k.removeprefix(GGUF) for k in kinds if k.startswith(GGUF)]:
-        print(f"{GGUF}{name}: writing, loading again, comparing", file=sys.stderr, flush=True)
-        kind = name.removesuffix(CALIBRATED)
-        rows = calibration if name.endswith(CALIBRATED) else None
-        made = export_gguf(model, folder / f"gguf-{name}", kind=kind, calibration=rows)
-        file, tokenizer = made.files[0], load_to_answer(model).tokenizer
-        with LlamaCppRuntime(file, context=CONTEXT) as runtime:
-            perplexity = perplexity_by(runtime, tokenizer, examples)
-        engine = LlamaCppEngine(file, {}, context=CONTEXT, slots=1, threads=torch.get_num_threads(), convert=Path)
-        yield Side(
-            GGUF + name,
-            made.sizes[file.name],
-            f"llama.cpp, {kind}",
-            partial(ask_engine, engine, tokenizer, limit),
-            perplexity,
-        )
+def gguf_side(a: argparse.Namespace, name: str, examples: list[TrainingExample], folder: Path) -> Side:
+    """A kind that llama.cpp runs; perplexity by llama.cpp too."""
+    print(f"{name}: writing, loading again, comparing", file=sys.stderr, flush=True)
+    kind = name.removeprefix(GGUF).removesuffix(CALIBRATED)
+    rows = a.calibration if name.endswith(CALIBRATED) else None
+    made = export_gguf(a.model, folder / name.replace(" ", "-"), kind=kind, calibration=rows)
+    file, tokenizer = made.files[0], load_to_answer(a.model).tokenizer
+    with LlamaCppRuntime(file, context=CONTEXT) as runtime:
+        perplexity = perplexity_by(runtime, tokenizer, examples)
+    engine = LlamaCppEngine(file, {}, context=CONTEXT, slots=1, threads=torch.get_num_threads(), convert=Path)
+    answer = partial(ask_engine, engine, tokenizer, a.max_new_tokens)
+    return Side(name, made.sizes[file.name], f"llama.cpp, {kind}", answer, perplexity)
 
 
 def perplexity_by(runtime: LlamaCppRuntime, tokenizer: Any, examples: list[TrainingExample]) -> float:
@@ -210,13 +199,20 @@ def main() -> None:
     tokenizer = load_to_answer(a.model).tokenizer
     questions = [ask(tokenizer, e, n) for n, e in enumerate(examples, 1)]
     with tempfile.TemporaryDirectory() as folder:
-        given = (a.model, kinds, examples, Path(folder), a.max_new_tokens)
-        sides = [*transformers_kinds(*given), *gguf_kinds(*given, a.calibration)]
+        sides, refused = [], {}
+        for kind in kinds:
+            try:
+                made = gguf_side if kind.startswith(GGUF) else transformers_side
+                sides.append(made(a, kind, examples, Path(folder)))
+            except UserError as error:
+                refused[kind] = error.what
         ask_all(sides, questions)
     found = [row(side, questions) for side in sides]
     print(f"{a.model}, {len(examples)} rows of {a.data.name}, {a.threads} threads\n")
     print("| kind | MB | tokens/s | perplexity | exact match | computed in |\n|---|---|---|---|---|---|")
     print(*map(line, found), sep="\n")
+    for kind, why in refused.items():
+        print(f"\n{kind}: {why}")
     if a.json:
         a.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
