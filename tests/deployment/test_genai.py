@@ -14,6 +14,7 @@ from saved_adapters import tuned
 
 from luthier.deployment import genai
 from luthier.deployment.genai import GenaiRuntime, check_genai, export_genai
+from luthier.deployment.gguf import export_gguf
 from luthier.deployment.merge import PROMPTS
 from luthier.deployment.onnx_weights import stored_model
 from luthier.deployment.parity import log_probabilities
@@ -61,6 +62,8 @@ def test_each_family_is_computed_as_transformers_does(name, kind, terse_model_di
     if kind == "int4":
         stored, reasons, worst = stored_model(tmp_path / "out", reference)
         assert not reasons and 0.05 < worst == numbers["weights_apart"] < 0.15
+        whole = torch.equal(stored.model.embed_tokens.weight, reference.model.embed_tokens.weight)
+        assert whole is not reference.config.tie_word_embeddings
         assert numbers["precision_mean"] > 10 * 2e-4
         reference = stored
     else:
@@ -84,6 +87,30 @@ def test_an_adapter_is_merged_first(terse_model_dir, tmp_path):
         export_genai(adapter, tmp_path / "full")
 
 
+@pytest.mark.parametrize("export", [export_genai, export_gguf])
+def test_tokens_that_were_added_come_along(export, terse_model_dir, tmp_path):
+    pytest.importorskip("xllamacpp" if export is export_gguf else "onnxruntime_genai")
+    adapter = tuned(tmp_path / "adapter", terse_model_dir, size=0.1, tokens=["<new>", "<two>"], lora_dropout=0.0)
+    made = export(adapter, tmp_path / "out", kind="f32", prompts=["A <new> thing", "and <two>"])
+    assert made.report.numbers["tuning_mean"] > 100 * made.report.numbers["candidate_mean"]
+
+
+def test_a_model_without_a_template_gets_the_one_that_it_is_tuned_with(terse_model_dir, tmp_path):
+    model = small(tmp_path / "model", terse_model_dir)
+    (model / "chat_template.jinja").unlink()
+    assert export_genai(model, tmp_path / "out").report.passed
+    template = (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert template == load_tokenizer(model).chat_template
+
+
+def test_modules_of_the_working_folder_are_not_imported(terse_model_dir, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    for name in ("builders", "torch", "quantization"):
+        (tmp_path / "here" / f"{name}.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path / "here")
+    assert export_genai(terse_model_dir, tmp_path / "out").report.passed
+
+
 @pytest.mark.parametrize("kind", ["f32", "int4"])
 def test_wrong_folders_are_refused(kind, terse_model_dir, tmp_path):
     model = small(tmp_path / "model", terse_model_dir)
@@ -105,10 +132,10 @@ def test_every_stop_token_ends_an_answer(terse_model_dir, tmp_path):
     reference, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
     ids = tokenizer(PROMPTS[1]).input_ids
     answer = GenaiRuntime(tmp_path / "out").greedy(ids, 24)
-    genai._set_stops(tmp_path / "out", [answer[3]])
+    genai._complete(tmp_path / "out", [answer[3]], tokenizer)
     cut = GenaiRuntime(tmp_path / "out").greedy(ids, 24)
     assert cut == answer[: answer.index(answer[3])]
-    genai._set_stops(tmp_path / "out", [tokenizer.convert_tokens_to_ids("a")])
+    genai._complete(tmp_path / "out", [tokenizer.convert_tokens_to_ids("a")], tokenizer)
     reference.generation_config.eos_token_id = answer[3]
     reasons = check_genai(tmp_path / "out", "f32", reference, tokenizer, [PROMPTS[1]]).reasons
     assert any("does not stop at" in reason for reason in reasons)
@@ -141,6 +168,6 @@ def test_mistakes_are_named_and_leave_nothing(terse_model_dir, tmp_path, monkeyp
     with pytest.raises(UserError, match="nowhere"):
         export_genai(tmp_path / "nowhere", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    with pytest.raises(UserError, match="onnxruntime_genai is not installed"):
+    with pytest.raises(UserError, match=r"not installed.*onnxruntime_genai"):
         export_genai(terse_model_dir, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["gpt2"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import sys
 
 import pytest
 import torch
@@ -57,11 +57,18 @@ def test_importance_is_the_mean_square_of_each_input_over_all_tokens(terse_model
     assert not model.model.layers[0].mlp.down_proj._forward_pre_hooks
 
 
-def test_what_makes_them_is_named_where_it_is_missing(terse_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="it is there")
+def test_what_makes_them_is_named_where_it_is_missing(terse_model_dir, tmp_path):
     with pytest.raises(UserError, match="llama-cpp-python is not installed") as refused:
         export_gguf(terse_model_dir, tmp_path / "out", kind="q4_k_m")
     assert "q4_0" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_rows_is_read_before_anything_is_made(terse_model_dir, tmp_path):
+    pytest.importorskip("llama_cpp")
+    with pytest.raises(UserError, match="nowhere"):
+        export_gguf(terse_model_dir, tmp_path / "out", kind="q6_k", calibration=tmp_path / "nowhere.jsonl")
     assert not list(tmp_path.iterdir())
 
 
@@ -90,8 +97,12 @@ def test_each_kind_is_smaller_and_coarser_than_the_one_before(wide, tmp_path):
 @pytest.mark.parametrize("kind", K_QUANTS)
 def test_llama_cpp_computes_them_as_transformers_does(wide, tmp_path, kind):
     pytest.importorskip("llama_cpp")
-    made = export_gguf(wide, tmp_path / "out", kind=kind, calibration=ROWS)
-    assert made.report.passed
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input": r.input, "output": r.output}) + "\n" for r in ROWS), encoding="utf-8")
+    plain = write_gguf(wide, tmp_path / "plain.gguf", kind).read_bytes()
+    made = export_gguf(wide, tmp_path / "out", kind=kind, calibration=rows)
+    assert made.report.passed and made.files[0].read_bytes() != plain
+    assert export_gguf(wide, tmp_path / "out", kind=kind, calibration=ROWS).report.numbers == made.report.numbers
     assert made.report.numbers["candidate_mean"] > 0
     assert json.loads((made.folder / "luthier_gguf.json").read_text())["kind"] == kind
     assert sorted(p.name for p in made.folder.iterdir()) == ["Modelfile", "luthier_gguf.json", f"model-{kind}.gguf"]

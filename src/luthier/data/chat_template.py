@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 Tools = list[dict[str, Any]]
 
-# For models without a template of their own. The tokenizer is saved with it, so that serving renders the same.
+# For models without a template of their own. The tokenizer is saved with it, so that serving renders the same: by what
+# every program's template engine knows (onnxruntime-genai's has no filters for letters).
 PLAIN_TEMPLATE = (
     "{%- if tools %}{{ '### Tools:\\n' + (tools | tojson) + '\\n\\n' }}{% endif %}"
     "{%- for message in messages %}"
-    "{{- '### ' + message['role'] | capitalize + ':\\n' }}"
+    "{{- '### ' + ('System' if message['role'] == 'system' else 'User' if message['role'] == 'user' else 'Assistant' "
+    "if message['role'] == 'assistant' else 'Tool' if message['role'] == 'tool' else message['role']) + ':\\n' }}"
     "{%- if message['role'] == 'assistant' %}"
     "{%- if message['content'] %}{{ message['content'] }}{% endif %}"
     "{%- if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"

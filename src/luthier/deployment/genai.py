@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.deployment.gguf import arithmetic_noise
-from luthier.deployment.merge import PROMPTS, plain_model
-from luthier.deployment.onnx import OnnxExport, claim
+from luthier.deployment.merge import PROMPTS, claim, plain_model, untuned
+from luthier.deployment.onnx import OnnxExport
 from luthier.deployment.onnx_weights import stored_model
 from luthier.deployment.parity import ParityReport, require
 from luthier.deployment.runtimes import check_runtime
@@ -49,7 +49,8 @@ def require_genai() -> None:
     missing = [name for name in ("onnxruntime_genai", "onnx", "onnx_ir") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} is not installed, by which the folder is made and held against its model",
+            f"not installed, and needed to make the folder and to hold it against its model: {', '.join(missing)}",
+            where="--format genai",
             remedy="pip install 'luthier[genai]'",
         )
 
@@ -121,7 +122,7 @@ def export_genai(
     Args:
         path: a run, adapter or model folder, or an embedded model's name; an adapter is merged first.
         output_dir: an empty or new folder, or one that holds an earlier export of this kind.
-        kind: ``f32``, or ``int4``: blocks of 32 weights in 4 bits, embeddings and head too.
+        kind: ``f32``, or ``int4``: blocks of 32 weights in 4 bits, the head too and embeddings that are the same.
         prompts: rendered texts for the gate; None: a few plain ones.
 
     Raises:
@@ -138,7 +139,7 @@ def export_genai(
     if not Path(path).expanduser().is_dir():
         resolve_model(path)  # before a folder is made beside what is not there
     target = Path(output_dir).expanduser()
-    claim(target, RECORD)
+    claim(target, RECORD, "export for onnxruntime-genai")
     asked = list(prompts or PROMPTS)
     aside, work = (target.parent / f".{part}-{target.name}" for part in ("writing", "working"))
     for folder in (aside, work):
@@ -148,12 +149,15 @@ def export_genai(
             aside.mkdir(parents=True)
             work.mkdir()
         source, base_name = plain_model(path, work, asked)
+        if not source.is_dir():
+            raise UserError(
+                f"{str(path)!r} is no folder of this machine", where=str(path), remedy="download it and name its folder"
+            )
+        _build(source, aside, work / "cache", KINDS[kind])
         reference, tokenizer = load_model(source, dtype=torch.float32), load_tokenizer(source)
         with writing(target):
-            _build(source, aside, work / "cache", KINDS[kind])
-            _set_stops(aside, stop_tokens(reference, tokenizer))
-        base = None if base_name is None else load_model(base_name, dtype=torch.float32)
-        report = check_genai(aside, kind, reference, tokenizer, asked, base=base)
+            _complete(aside, stop_tokens(reference, tokenizer), tokenizer)
+        report = check_genai(aside, kind, reference, tokenizer, asked, base=untuned(base_name, reference))
         require(report)
         with writing(target):
             versions = {name: version(name) for name in ("transformers", "torch", "onnx", "onnxruntime-genai")}
@@ -214,16 +218,14 @@ def check_genai(
 
 
 def _rendered_otherwise(runtime: GenaiRuntime, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    if not tokenizer.chat_template:
-        return []
     chat = [("user", "Hi there"), ("assistant", "Yes?"), ("user", "ok 你好")]
     messages = [{"role": role, "content": text} for role, text in chat]
+    right = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     try:
-        same = runtime.render(messages) == tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # of the library's own template engine
-        return [f"onnxruntime-genai cannot render the chat template: {str(error).splitlines()[0]}"]
+        same = runtime.render(messages) == right
+    except Exception as error:  # the library raises nothing finer
+        said = str(error).splitlines() or [type(error).__name__]
+        return [f"onnxruntime-genai cannot render the chat template: {said[0]}"]
     return [] if same else ["onnxruntime-genai renders a conversation otherwise than the chat template says"]
 
 
@@ -235,24 +237,34 @@ def _build(source: Path, target: Path, cache: Path, precision: str) -> None:
     """
     words = ["-i", str(source), "-o", str(target), "-p", precision, "-e", "cpu", "-c", str(cache)]
     done = subprocess.run(
-        [sys.executable, "-m", "onnxruntime_genai.models.builder", *words],
+        # -P: the builder imports modules by names that files of the working folder can have.
+        [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", *words],
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
+    if done.returncode < 0:
+        raise UserError(
+            f"onnxruntime-genai's builder was ended by signal {-done.returncode}",
+            where=str(source),
+            remedy="it holds the whole model in float32: see whether memory is short",
+        )
     if done.returncode or not (target / _CONFIG).is_file():
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(
             f"onnxruntime-genai's builder cannot write this model: {said[-1] if said else 'it does not say why'}",
             where=str(source),
-            remedy="choose --format onnx or gguf",
+            remedy="choose --format onnx or gguf, or see to what it says",
         )
 
 
-def _set_stops(folder: Path, stops: Sequence[int]) -> None:
-    """Every token that ends an answer; the builder takes those of the config alone."""
+def _complete(folder: Path, stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the builder leaves out: stop tokens beyond the config's, and a template that the model's folder lacks."""
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     config["model"]["eos_token_id"] = list(stops)
     (folder / _CONFIG).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    template = folder / "chat_template.jinja"
+    if not template.is_file():
+        template.write_text(str(tokenizer.chat_template), encoding="utf-8")

@@ -18,10 +18,10 @@ from luthier.deployment.gguf_vocabulary import adds
 from luthier.deployment.gguf_writing import Weights, require_kind, write_adapter_gguf, write_gguf
 from luthier.deployment.k_quants import K_QUANTS, importance_of
 from luthier.deployment.llamacpp import LlamaCppRuntime, require_llamacpp
-from luthier.deployment.merge import PROMPTS, plain_model
+from luthier.deployment.merge import PROMPTS, claim, plain_model, untuned
 from luthier.deployment.ollama import modelfile
 from luthier.deployment.parity import ParityReport, distance, log_probabilities, require
-from luthier.deployment.rows import Rows
+from luthier.deployment.rows import Rows, read_rows
 from luthier.deployment.runtimes import check_runtime
 from luthier.deployment.tokens import token_ids
 from luthier.errors import UserError
@@ -92,8 +92,9 @@ def export_gguf(
     require_llamacpp()
     if not Path(path).expanduser().is_dir():
         resolve_model(path)  # before a folder is made beside what is not there
+    rows = None if calibration is None else read_rows(calibration, path)
     target = Path(output_dir).expanduser()
-    _claim(target)
+    claim(target, RECORD, "export")
     asked = list(prompts or PROMPTS)
     aside = target.parent / f".writing-{target.name}"
     work = target.parent / f".working-{target.name}"
@@ -106,7 +107,7 @@ def export_gguf(
         if adapter:
             report = _with_adapter(path, aside, work, kind, asked)
         else:
-            report = _whole(path, aside, work, kind, asked, calibration)
+            report = _whole(path, aside, work, kind, asked, rows)
         require(report)
         names = [file.name for file in aside.iterdir()]
         names.sort(key=lambda name: (name == "Modelfile", not name.startswith(("model", "base"))))
@@ -123,23 +124,13 @@ def export_gguf(
     return GgufExport(target, [target / name for name in names], report, sizes)
 
 
-def _claim(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{str(target)!r} is a file", remedy="name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
-        raise UserError(
-            f"{str(target)!r} is not empty and holds no earlier export",
-            remedy="name another folder; nothing was touched",
-        )
-
-
 def _whole(
     path: str | Path,
     aside: Path,
     work: Path,
     kind: str,
     prompts: Sequence[str],
-    calibration: str | Path | Sequence[TrainingExample] | None,
+    calibration: Sequence[TrainingExample] | None,
 ) -> ParityReport:
     """One merged model: writes it, and what the gate says of it."""
     folder, base_name = plain_model(path, work, prompts)
@@ -151,7 +142,7 @@ def _whole(
     file = write_gguf(folder, aside / f"model-{kind}.gguf", kind, importance=importance)
     stops = stop_tokens(reference, tokenizer)
     _write_modelfile(aside, file, tokenizer, stops)
-    base = None if base_name is None else load_model(base_name, dtype=torch.float32)
+    base = untuned(base_name, reference)
     return check_file(file, folder, kind, reference, tokenizer, prompts, base=base)
 
 
@@ -233,6 +224,12 @@ def check_adapter(lora: Path, folder: Path, saved: SavedModel, prompts: Sequence
 def _with_adapter(path: str | Path, aside: Path, work: Path, kind: str, prompts: Sequence[str]) -> ParityReport:
     """A base and its LoRA: writes both, and what the gate says of them."""
     adapter = AdapterFolder.read(path)
+    if adapter.quantization is not None:
+        raise UserError(
+            "it was trained beside a quantised base, which GGUF does not hold",
+            where=str(adapter.folder),
+            remedy="leave out --adapter: it is merged then",
+        )
     lora = write_adapter_gguf(path, aside / "adapter.gguf")
     folder = Path(resolve_model(adapter.base_name))
     file = write_gguf(folder, aside / f"base-{kind}.gguf", kind)

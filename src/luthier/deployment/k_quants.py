@@ -5,22 +5,26 @@ The ``gguf`` library reads them and does not make them; the binding ``llama-cpp-
 
 from __future__ import annotations
 
-import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from safetensors.numpy import save_file
 
 from luthier.errors import UserError
 
 K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 """Kinds, the finest first. In those with _m some matrices are finer than the rest (llama.cpp's choice)."""
+_OLDEST = "0.3.36"
+_COMPLAINT = re.compile("error|failed|assert|requires", re.IGNORECASE)
 Importance = Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]
 """Of a matrix ``[out, in]``, by its name: ``[in]``, the mean square of each input."""
 
@@ -29,14 +33,19 @@ def require_quantiser() -> None:
     """Refuse K-quants where nothing that makes them is installed.
 
     Raises:
-        UserError: nothing is.
+        UserError: nothing is, or it is too old.
     """
-    if importlib.util.find_spec("llama_cpp") is None:
+    try:
+        found = version("llama_cpp_python")
+    except PackageNotFoundError:
+        found = ""
+    if not found or Version(found) < Version(_OLDEST):
+        is_there = f"of {found}, and {_OLDEST} is needed" if found else "not installed"
         raise UserError(
-            "K-quants are made by llama.cpp's quantiser, and its binding llama-cpp-python is not installed",
+            f"K-quants are made by llama.cpp's quantiser, and its binding llama-cpp-python is {is_there}",
             where="--kind",
-            remedy="pip install 'llama-cpp-python>=0.3.36' (it is compiled then: a C++ compiler is needed), or choose "
-            "q8_0 or q4_0",
+            remedy="pip install -U 'luthier[kquants]' (it is compiled then: a C++ compiler is needed), or choose q8_0 "
+            "or q4_0",
         )
 
 
@@ -61,18 +70,18 @@ def quantise(source: Path, target: Path, kind: str, importance: Importance | Non
             words.append(str(Path(beside) / "importance.safetensors"))
             save_file(dict(importance), words[-1])
         done = subprocess.run(
-            [sys.executable, "-m", "luthier.deployment.llamacpp_quantiser", *words],
+            [sys.executable, "-P", "-m", "luthier.deployment.llamacpp_quantiser", *words],
             capture_output=True,
             text=True,
             errors="replace",
             check=False,
         )
     if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        said = [line for line in (done.stdout + done.stderr).splitlines() if _COMPLAINT.search(line)]
         raise UserError(
             f"llama.cpp cannot write {kind}: {said[-1] if said else f'it ended with {done.returncode}'}",
-            where=str(target),
-            remedy="pip install -U llama-cpp-python, see to free disk space, or choose q8_0 or q4_0",
+            where="--kind",
+            remedy="see to free disk space and memory, or choose q8_0 or q4_0",
         )
 
 

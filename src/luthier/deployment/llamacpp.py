@@ -43,19 +43,18 @@ def require_llamacpp() -> None:
         )
 
 
-def fastest_kind() -> str:
-    """The finest kind of weights in 16 bits by which this build of llama.cpp answers fastest on this processor.
+def multiplies_bfloat16() -> bool:
+    """Whether this build of llama.cpp multiplies bfloat16 by the processor's own instructions (AVX512-BF16).
 
-    With AVX512-BF16 several answers at once are written 1.3 times as fast in bfloat16 as in float16; without, some
-    percent slower.
+    Several answers at once are then written 1.3 times as fast in bfloat16 as in float16; else some percent slower.
     """
     import xllamacpp
 
-    return "bf16" if "AVX512_BF16 = 1" in xllamacpp.get_system_info() else "f16"
+    return "AVX512_BF16 = 1" in xllamacpp.get_system_info()
 
 
 def unused_instructions() -> bool:
-    """Whether the processor has AVX-512 and this build of llama.cpp was made for any."""
+    """Whether the processor has AVX-512 and this build of llama.cpp leaves it unused."""
     import xllamacpp
 
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and "AVX512" not in xllamacpp.get_system_info()

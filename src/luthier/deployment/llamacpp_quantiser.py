@@ -15,8 +15,6 @@ def main(source: str, target: str, kind: str, threads: str, importance: str | No
     """llama.cpp's own status: 0 where it has written."""
     import llama_cpp
 
-    if not hasattr(llama_cpp, "llama_model_imatrix_data"):
-        sys.exit(f"llama-cpp-python {llama_cpp.__version__} is too old: 0.3.36 or later is needed")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     params.nthread = int(threads)

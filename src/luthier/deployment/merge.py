@@ -182,6 +182,29 @@ def _merge(
     return report
 
 
+def untuned(base_name: str | None, tuned: Any, head: Head | None = None) -> Any | None:
+    """What a model was tuned from, in float32 and with as many rows of embeddings, for a gate to hold it against.
+
+    Args:
+        base_name: its name; None: nothing says it.
+        tuned: the model.
+        head: of it; None: it writes.
+
+    Returns:
+        None where it is not known, or not at hand.
+    """
+    if base_name is None:
+        return None
+    try:
+        base = load_model(base_name, dtype=torch.float32, head=head or Head.of(tuned))
+    except UserError:
+        return None
+    rows = tuned.get_input_embeddings().weight.shape[0]
+    if rows > base.get_input_embeddings().weight.shape[0]:  # type: ignore[index]
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    return base
+
+
 def claim(target: Path, record: str = RECORD, what: str = "merge") -> None:
     """Only an empty folder or an earlier hand-over of the same kind is written over.
 

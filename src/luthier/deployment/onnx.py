@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.data.render import end_of_turn_ids
-from luthier.deployment.merge import PROMPTS, merge_model
+from luthier.deployment.merge import PROMPTS, claim, merge_model, untuned
 from luthier.deployment.onnx_graph import require_exportable, require_onnx, write_graph
 from luthier.deployment.onnx_runtime import OnnxRuntime
 from luthier.deployment.parity import FLOOR, MULTIPLE, ParityReport, require
 from luthier.deployment.runtimes import check_runtime
 from luthier.deployment.tokens import limit_of, token_ids
-from luthier.errors import UserError
 from luthier.methods.saved import SavedModel, load_saved
 from luthier.models.heads import Head
 from luthier.models.loading import load_model, set_padding, set_stop_tokens, without_bars
@@ -61,7 +60,7 @@ def export_onnx(path: str | Path, output_dir: str | Path, *, prompts: Sequence[s
     """
     require_onnx()
     target = Path(output_dir).expanduser()
-    claim(target)
+    claim(target, RECORD, "ONNX export")
     saved = load_saved(path, dtype=torch.float32)
     require_exportable(saved.model)
     asked = prompts or PROMPTS
@@ -212,32 +211,10 @@ def _base(saved: SavedModel, path: str | Path, plain: Any) -> Any | None:
         return saved.model
     if saved.base_name is None or not Path(str(path)).expanduser().is_dir():
         return None
-    try:
-        base = load_model(saved.base_name, dtype=torch.float32, head=saved.head)
-    except UserError:
-        return None
-    rows = plain.get_input_embeddings().weight.shape[0]
-    if rows > base.get_input_embeddings().weight.shape[0]:  # type: ignore[index]
-        base.resize_token_embeddings(rows, mean_resizing=False)
-    return base
+    return untuned(saved.base_name, plain, saved.head)
 
 
 def _classes(folder: Path) -> Any:
     from transformers import AutoConfig
 
     return Head.of_config(AutoConfig.from_pretrained(folder)).classes
-
-
-def claim(target: Path, record: str = RECORD) -> None:
-    """Only an empty folder or an earlier ONNX export, which has that record, is written over.
-
-    Raises:
-        UserError: the folder is another.
-    """
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{str(target)!r} is a file", remedy="name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
-        raise UserError(
-            f"{str(target)!r} is not empty and holds no earlier ONNX export",
-            remedy="name another folder; nothing was touched",
-        )

@@ -15,6 +15,7 @@ from luthier.errors import UserError
 
 # ‖stored - exported‖ / ‖exported‖ of a matrix, and how much of its projection on what was exported may be lost.
 _APART, _SHARE = 0.2, 0.05
+_OTHER = "choose --kind f32, or --format gguf"
 _PACKED = {"MatMulNBits", "GatherBlockQuantized"}
 
 
@@ -63,11 +64,11 @@ def _unpacked(folder: Path, own: dict[str, torch.nn.Parameter]) -> Iterator[tupl
         gathers = node.op_type == "GatherBlockQuantized"
         data, scales = (node.input[0], node.input[2]) if gathers else (node.input[1], node.input[2])
         if len(node.input) > 3 and node.input[3]:
-            raise UserError(f"{data} has zero points, which are not read here", remedy="choose --kind f32")
+            raise UserError(f"{data} has zero points, which are not read here", where="--kind", remedy=_OTHER)
         place = "model.embed_tokens" if gathers else data.partition(".MatMul.")[0].replace(".attn.", ".self_attn.")
         names = _parts(place)
         if any(name not in own for name in names):
-            raise UserError(f"the place of {data} in the model is not known", remedy="choose --kind f32")
+            raise UserError(f"the place of {data} in the model is not known here", where="--kind", remedy=_OTHER)
         packed, scale = to_array(arrays[made.get(data, data)]), to_array(arrays[scales])
         rows = [own[name].shape[0] for name in names]
         whole = _dequantised(packed, scale.reshape(sum(rows), -1), int(options["block_size"]), int(options["bits"]))

@@ -94,7 +94,8 @@ def quantize_model(
         raise UserError(
             f"{kind} rounds each weight by itself, and no method here learns its rounding from rows",
             where="quantize_model(calibration=...)",
-            remedy="leave calibration out; rows to measure the loss of quality on go into data",
+            remedy="leave calibration out; rows to measure the loss of quality on go into data. GGUF's K-quants heed "
+            "rows: `luthier export --kind q4_k_m --calibration FILE`",
         )
     target = Path(output_path).expanduser()
     claim(target, RECORD, "quantised model")

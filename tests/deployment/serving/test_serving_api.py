@@ -121,6 +121,25 @@ def test_logprobs_are_the_models_own(server, adapters):
     assert bytes(first.bytes).decode(errors="replace") in saved.tokenizer.decode([int(row.argmax())])
 
 
+def test_the_likeliest_token_is_chosen_after_biases_penalties_and_schemas(server, adapters):
+    if not server.api.served.engine.can_penalise:
+        pytest.skip("this engine refuses them")
+    saved = load_saved(adapters["orders"], dtype=torch.float32)
+    ids = saved.tokenizer(prompt_text(saved.tokenizer, turns("Hi")), add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        best, second = saved.model(**ids).logits[0, -1].topk(2).indices.tolist()
+    for bias, token in (({best: -100}, second), ({second: 100}, second), ({}, best)):
+        reply = ask(server, "orders", "Hi", max_tokens=1, logit_bias={str(k): v for k, v in bias.items()})
+        assert reply.choices[0].message.content == saved.tokenizer.decode([token])
+    often = ask(server, "orders", "Hi", max_tokens=40).choices[0].message.content
+    seldom = ask(server, "orders", "Hi", max_tokens=40, frequency_penalty=2.0).choices[0].message.content
+    assert len(set(seldom)) > len(set(often))
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    kept = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    said = ask(server, "orders", "Hi", max_tokens=40, response_format=kept).choices[0].message.content
+    assert json.loads(said)["a"] in ("x", "y")
+
+
 def test_models_health_and_metrics(server):
     assert [model.id for model in server.client().models.list()] == [base_name(server), "orders", "polite"]
     assert server.client().models.retrieve("polite").parent == base_name(server)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 
 import pytest
+import torch
+from rich.console import Console
 
 from luthier.deployment.serving.run import serve
 from luthier.errors import UserError
+from luthier.models.loading import load_model, load_tokenizer
 
 
 def test_what_cannot_be_served_is_told(tiny_model_dir, terse_model_dir, adapters, monkeypatch):
@@ -32,3 +35,15 @@ def test_what_cannot_be_served_is_told(tiny_model_dir, terse_model_dir, adapters
         for change, told in wrong:
             with pytest.raises(UserError, match=told):
                 serve(**{"path": str(adapters["orders"]), "port": 0} | change)
+
+
+def test_weights_are_served_as_they_are_stored_where_that_is_fast(terse_model_dir, tmp_path):
+    from luthier.deployment.llamacpp import multiplies_bfloat16
+    from luthier.deployment.serving.prepare import Sources, _Files
+
+    load_model(terse_model_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    load_tokenizer(terse_model_dir).save_pretrained(tmp_path / "bf16")
+    for folder, fast in ((terse_model_dir, "f16"), (tmp_path / "bf16", "bf16" if multiplies_bfloat16() else "f16")):
+        found = Sources.of(str(folder), {}, None)
+        assert _Files(found, None, Console(quiet=True))._kind == fast
+        assert _Files(found, "q8_0", Console(quiet=True))._kind == "q8_0"

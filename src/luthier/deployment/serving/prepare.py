@@ -16,8 +16,8 @@ from rich.console import Console
 from luthier.data.render import prompt_text
 from luthier.deployment.adapters import AdapterSet
 from luthier.deployment.gguf import check_adapter, check_file
-from luthier.deployment.gguf_writing import require_kind, write_adapter_gguf, write_gguf
-from luthier.deployment.llamacpp import fastest_kind, require_llamacpp, unused_instructions
+from luthier.deployment.gguf_writing import Weights, require_kind, write_adapter_gguf, write_gguf
+from luthier.deployment.llamacpp import multiplies_bfloat16, require_llamacpp, unused_instructions
 from luthier.deployment.parity import ParityReport, render_parity, require
 from luthier.deployment.serving.engine import Engine
 from luthier.deployment.serving.llamacpp import LlamaCppEngine
@@ -153,7 +153,8 @@ def serve_llamacpp(
         sources: what is served.
         limits: of requests.
         adapter_root: folder of adapters that may be added.
-        kind: of the base's weights; None: the fastest one in 16 bits.
+        kind: of the base's weights; None: bf16 where they are stored so and llama.cpp multiplies them by the
+            processor's own instructions, else f16.
         slots: answers that are written at once.
         threads: that compute; None: one a core.
         console: where to say what happens.
@@ -162,8 +163,8 @@ def serve_llamacpp(
         UserError: a model cannot be written as GGUF, or the parity gate refuses what llama.cpp makes of it.
     """
     require_llamacpp()
-    kind = kind or fastest_kind()
-    require_kind(kind)
+    if kind is not None:
+        require_kind(kind)
     if unused_instructions():
         console.print(
             "llama.cpp is not built for this processor's AVX-512: built from source it answers many requests at once "
@@ -206,15 +207,20 @@ def context_for(sources: Sources, wanted: int | None) -> int:
 class _Files:
     """GGUF files of the base and of adapters, in the cache; the models they are held against load when needed."""
 
-    def __init__(self, sources: Sources, kind: str, console: Console) -> None:
-        self._sources, self._kind, self._console = sources, kind, console
+    def __init__(self, sources: Sources, kind: str | None, console: Console) -> None:
+        self._sources, self._console = sources, console
         self._folder = Path(resolve_model(sources.base))
         if not self._folder.is_dir():
             raise UserError(
                 f"{sources.base!r} is no folder of this machine",
                 remedy="download it and name its folder, or use --engine transformers",
             )
+        self._kind = kind or self._kind_of_weights()
         self._cache = cache_root() / "serving"
+
+    def _kind_of_weights(self) -> str:
+        """The faster kind in 16 bits of those that lose next to nothing."""
+        return "bf16" if multiplies_bfloat16() and Weights.of(self._folder).dtypes() == {"BF16"} else "f16"
 
     def base(self) -> Path:
         """The base's file."""

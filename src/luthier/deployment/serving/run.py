@@ -47,7 +47,7 @@ def serve(
         name: of what ``path`` holds; None: its folder's.
         engine: ``llamacpp``, or ``transformers`` (slow; the reference).
         kind: precision of the weights in llama.cpp, see ``luthier.deployment.gguf_writing.KINDS``; None: bf16 where
-            llama.cpp multiplies it by the processor's own instructions, else f16.
+            the base is stored so and llama.cpp multiplies it by the processor's own instructions, else f16.
         host: address to listen on; beyond loopback only with a key.
         port: 0: any free one.
         api_key_env: environment variable that holds the key, or several with commas between.
