@@ -68,9 +68,11 @@ def test_each_family_is_computed_as_transformers_does(name, kind, terse_model_di
         reference = stored
     else:
         assert numbers["candidate_mean"] < 2e-5 and numbers["answers_same"] == 1
-    ids = load_tokenizer(model)("def tiny_llama(folder):\n    return 1").input_ids
-    ours, theirs = log_probabilities(reference, ids)[-1], GenaiRuntime(tmp_path / "out").log_probabilities(ids)
-    assert float((ours - theirs).abs().mean()) < (2e-5 if kind == "f32" else 0.05)
+    tokenizer, runtime = load_tokenizer(model), GenaiRuntime(tmp_path / "out")
+    ids = tokenizer("def tiny_llama(folder):\n    return 1").input_ids
+    for text in (ids, [*ids, tokenizer.pad_token_id], [*ids, tokenizer.eos_token_id]):
+        ours, theirs = log_probabilities(reference, text)[-1], runtime.log_probabilities(text)
+        assert float((ours - theirs).abs().mean()) < (2e-5 if kind == "f32" else 0.05)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 

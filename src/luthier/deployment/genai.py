@@ -95,8 +95,10 @@ class GenaiRuntime:
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
         """See :class:`~luthier.deployment.runtimes.Runtime`."""
-        logits = self._started(ids, 1).get_logits()
-        return torch.from_numpy(logits).float()[0, -1].log_softmax(-1)
+        # What the graph gives: `get_logits` leaves out a last token that is also the one for padding, as often the one
+        # that ends a turn is. A copy, for the array lies in the generator's own memory.
+        generator = self._started(ids, 1)
+        return torch.tensor(generator.get_output("logits"))[0, -1].float().log_softmax(-1)
 
     def greedy(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """See :class:`~luthier.deployment.runtimes.Runtime`."""
