@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 Tools = list[dict[str, Any]]
 
-# For models without a template of their own. The tokenizer is saved with it, so that serving renders the same: by what
-# every program's template engine knows (onnxruntime-genai's has no filters for letters).
+# For models without one of their own; saved with the tokenizer. Of filters it has those that every engine knows.
 PLAIN_TEMPLATE = (
     "{%- if tools %}{{ '### Tools:\\n' + (tools | tojson) + '\\n\\n' }}{% endif %}"
     "{%- for message in messages %}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.deployment.gguf import arithmetic_noise
-from luthier.deployment.merge import PROMPTS, claim, plain_model, untuned
+from luthier.deployment.merge import PROMPTS, claim, hand_over, plain_model, untuned
 from luthier.deployment.onnx import OnnxExport
 from luthier.deployment.onnx_weights import stored_model
 from luthier.deployment.parity import ParityReport, require
@@ -161,13 +161,9 @@ def export_genai(
             _complete(aside, stop_tokens(reference, tokenizer), tokenizer)
         report = check_genai(aside, kind, reference, tokenizer, asked, base=untuned(base_name, reference))
         require(report)
-        with writing(target):
-            versions = {name: version(name) for name in ("transformers", "torch", "onnx", "onnxruntime-genai")}
-            record = report.to_dict() | {"kind": kind, "exported": str(path), "base": base_name, "versions": versions}
-            (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
+        versions = {name: version(name) for name in ("transformers", "torch", "onnx", "onnxruntime-genai")}
+        told = report.to_dict() | {"kind": kind, "exported": str(path), "base": base_name, "versions": versions}
+        hand_over(aside, target, RECORD, told)
     finally:
         for folder in (aside, work):
             shutil.rmtree(folder, ignore_errors=True)

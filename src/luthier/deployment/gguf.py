@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from luthier.deployment.gguf_vocabulary import adds
 from luthier.deployment.gguf_writing import Weights, require_kind, write_adapter_gguf, write_gguf
 from luthier.deployment.k_quants import K_QUANTS, importance_of
 from luthier.deployment.llamacpp import LlamaCppRuntime, require_llamacpp
-from luthier.deployment.merge import PROMPTS, claim, plain_model, untuned
+from luthier.deployment.merge import PROMPTS, claim, hand_over, plain_model, untuned
 from luthier.deployment.ollama import modelfile
 from luthier.deployment.parity import ParityReport, distance, log_probabilities, require
 from luthier.deployment.rows import Rows, read_rows
@@ -113,11 +112,7 @@ def export_gguf(
         names.sort(key=lambda name: (name == "Modelfile", not name.startswith(("model", "base"))))
         sizes = {name: (aside / name).stat().st_size for name in names}
         told = report.to_dict() | {"kind": kind, "sizes": sizes, "exported": str(path)}
-        with writing(target):
-            (aside / RECORD).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
+        hand_over(aside, target, RECORD, told)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)

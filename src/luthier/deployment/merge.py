@@ -172,11 +172,7 @@ def _merge(
             again = load_model(aside, dtype=next(model.parameters()).dtype, quantization=origin.quantization)
             weigh_merge(report, model, whole, reloaded, again, tokenizer, asked)
         require(report)
-        with writing(target):
-            (aside / RECORD).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
+        hand_over(aside, target, RECORD, report.to_dict())
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return report
@@ -223,6 +219,25 @@ def claim(target: Path, record: str = RECORD, what: str = "merge") -> None:
             f"{str(target)!r} is not empty and holds no earlier {what}",
             remedy="name another folder; nothing was touched",
         )
+
+
+def hand_over(aside: Path, target: Path, record: str, told: dict[str, Any]) -> None:
+    """Give a folder that has passed its gate its name, in place of an earlier one.
+
+    Args:
+        aside: the folder, whole but for its record.
+        target: its name, which :func:`claim` has let through.
+        record: the file that such a hand-over leaves.
+        told: what that says.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written.
+    """
+    with writing(target):
+        (aside / record).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
 
 
 def _on_stored_base(model: Any, origin: QuantizedFrom, folder: Path) -> Any:

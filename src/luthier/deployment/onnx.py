@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.data.render import end_of_turn_ids
-from luthier.deployment.merge import PROMPTS, claim, merge_model, untuned
+from luthier.deployment.merge import PROMPTS, claim, hand_over, merge_model, untuned
 from luthier.deployment.onnx_graph import require_exportable, require_onnx, write_graph
 from luthier.deployment.onnx_runtime import OnnxRuntime
 from luthier.deployment.parity import FLOOR, MULTIPLE, ParityReport, require
@@ -77,13 +76,8 @@ def export_onnx(path: str | Path, output_dir: str | Path, *, prompts: Sequence[s
         reference = plain if quantized_from(saved.model) is not None else saved.model
         report = check_export(reference, saved.tokenizer, aside, asked, base=_base(saved, path, plain))
         require(report)
-        with writing(target):
-            versions = {name: version(name) for name in _LIBRARIES}
-            record = report.to_dict() | {"base": saved.base_name, "versions": versions}
-            (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
+        versions = {name: version(name) for name in _LIBRARIES}
+        hand_over(aside, target, RECORD, report.to_dict() | {"base": saved.base_name, "versions": versions})
     finally:
         for folder in (aside, merged):
             shutil.rmtree(folder, ignore_errors=True)

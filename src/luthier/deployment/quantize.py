@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from rich.console import Group
 
 from luthier.data.examples import TrainingExample
 from luthier.deployment.footprint import Footprint, footprints, render_footprints
-from luthier.deployment.merge import PROMPTS, claim, merge_adapter
+from luthier.deployment.merge import PROMPTS, claim, hand_over, merge_adapter
 from luthier.deployment.parity import ParityReport, check_parity, render_parity, require
 from luthier.deployment.precision import check_packed, layers_to_pack
 from luthier.deployment.rows import Rows
@@ -112,12 +111,7 @@ def quantize_model(
             sides = [load_to_answer(whole.place), load_to_answer(aside)]
             before, after = footprints(sides, [whole.place, aside], asked, rows.encoded)
         result = QuantizedResult(target, kind, parity, before, after, len(rows.encoded), rows.notes + whole.notes)
-        with writing(target):
-            told = {"base": whole.base_name, **result.to_dict()}
-            (aside / RECORD).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
+        hand_over(aside, target, RECORD, {"base": whole.base_name, **result.to_dict()})
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return result

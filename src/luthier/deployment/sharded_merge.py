@@ -8,7 +8,6 @@ parity gate then runs both models block by block, from disk.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import zlib
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.deployment.merge import PROMPTS, RECORD, claim
+from luthier.deployment.merge import PROMPTS, RECORD, claim, hand_over
 from luthier.deployment.offloaded_adapter import IN_MEMORY, OffloadedTuned, adapter_layers, owner_of
 from luthier.deployment.parity import ParityReport, jitter, judge, judge_routing, require
 from luthier.deployment.routing import Routing
@@ -142,11 +141,7 @@ def merge_sharded(
             merged = load_offloaded(aside, scratch / "merged", dtype=merged_dtype)
         report = _gate(tuned, merged, tokenizer, load_tokenizer(aside), prompts or PROMPTS)
         require(report)
-        with writing(target):
-            (aside / RECORD).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
+        hand_over(aside, target, RECORD, report.to_dict())
     finally:
         for folder in (aside, scratch):
             shutil.rmtree(folder, ignore_errors=True)
