@@ -68,8 +68,9 @@ def test_two_processes_train_as_one(two, one, name, sharding):
         same = ("step", "tokens", "trained_tokens", "eval_trained_tokens", "learning_rate")
         assert {k: first.get(k) for k in same} == {k: second.get(k) for k in same}
         for key in ("loss", "eval_loss", "grad_norm"):
-            if key in first:
-                assert second[key] == pytest.approx(first[key], rel=0.03 if half else 1e-4), (key, first["step"])
+            # One process in bfloat16 whose steps are split otherwise is 7% from itself in the norm of the fourth.
+            if key in first and not (half and key == "grad_norm" and first["step"] > 1):
+                assert second[key] == pytest.approx(first[key], rel=5e-3 if half else 1e-4), (key, first["step"])
     # Later gradients are those of weights that differ by rounding, which AdamW's division enlarges at first.
     for step in range(1 if half else STEPS):
         for key, gradient in alone["gradients"][step].items():
