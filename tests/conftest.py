@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_llama
 
 # The suite must pass with no network: a test that would ask a hub fails at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,31 +61,6 @@ def base_model(smollm2_dir):
     return AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
 
 
-def tiny_llama(folder: Path, tokenizer) -> Path:
-    """A random two-layer Llama of a tokenizer's vocabulary, as a folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
     """A random two-layer Llama with SmolLM2's tokenizer: loads in milliseconds."""
@@ -94,7 +70,7 @@ def tiny_model_dir(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def terse_model_dir(tmp_path_factory, tokenizer) -> Path:
     """The same with a vocabulary of 600: nine tenths of a tiny model's step are its 49,152 logits."""
-    texts = [Path(__file__).read_text(encoding="utf-8")]
+    texts = [(Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")]
     return tiny_llama(tmp_path_factory.mktemp("terse-llama"), tokenizer.train_new_from_iterator(texts, 600))
 
 

@@ -149,11 +149,17 @@ def serve(
         typer.Option(help="NAME=FOLDER of a further adapter of the same base; repeat.", show_default=False),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What requests call it; its folder's name by default.")] = None,
-    engine: Annotated[str, typer.Option(help="llamacpp, or transformers (slow, the reference).")] = "llamacpp",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="llamacpp, vllm, or transformers (slow, the reference); vllm where there are a GPU and its program.",
+            show_default=False,
+        ),
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Weights in llama.cpp: f32, bf16, f16, q8_0, q4_0, or a K-quant; by default bf16 or f16, the faster.",
+            help="Weights: f32, bf16, f16; in llama.cpp also q8_0, q4_0, K-quants; by default 16 bits, the faster.",
             show_default=False,
         ),
     ] = None,
@@ -171,8 +177,15 @@ def serve(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Answers written or waiting; more get status 429.")] = 256,
     max_body: Annotated[int, typer.Option(min=1024, help="Longest request, in bytes.")] = 2**20,
-    slots: Annotated[int, typer.Option(min=1, max=256, help="Answers written at once.")] = 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="That compute; one a core by default.")] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="Answers written at once; 16 by llama.cpp, vLLM decides itself."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of llama.cpp; one a core by default.")] = None,
+    vllm: Annotated[
+        str | None, typer.Option(help="The program vllm, of another environment; else the one that is found.")
+    ] = None,
+    vllm_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, in quotes.")] = "",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of requests that name none.")] = 0.0,
 ) -> None:
     """Serve a tuned model, its base and other adapters behind OpenAI's API, by the model's name in the request."""
@@ -194,6 +207,8 @@ def serve(
         max_body=max_body,
         slots=slots,
         threads=threads,
+        vllm=vllm,
+        vllm_args=vllm_args,
         temperature=temperature,
         console=open_console(),
     )

@@ -7,11 +7,9 @@ listens on the network; llama.cpp's tokenizer is asked over it, as the binding h
 from __future__ import annotations
 
 import contextlib
-import http.client
 import importlib.util
 import json
 import shutil
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 
+from luthier.deployment.unix_http import SocketConnection
 from luthier.errors import UserError
 
 _TOLD = 10_000
@@ -175,7 +174,7 @@ class LlamaCppRuntime:
         return self._over_socket("/completion", asked | settings)
 
     def _over_socket(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        connection = _SocketConnection(self._socket)
+        connection = SocketConnection(self._socket)
         with contextlib.closing(connection):
             if body is None:
                 connection.request("GET", path)
@@ -186,15 +185,3 @@ class LlamaCppRuntime:
         if response.status != 200:
             raise UserError(f"llama.cpp does not answer {path}: {told}", remedy="export the model again")
         return told
-
-
-class _SocketConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(self._path))

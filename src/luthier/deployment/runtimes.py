@@ -98,8 +98,8 @@ def check_runtime(
     ids = token_ids(tokenizer, prompts, None)
     reasons = _read_otherwise(runtime, tokenizer, prompts)
     places = [_places(len(i)) for i in ids]
-    tuned = [log_probabilities(reference, i)[at] for i, at in zip(ids, places, strict=True)]
-    kept = tuned if stored is None else [log_probabilities(stored, i)[at] for i, at in zip(ids, places, strict=True)]
+    tuned = at_places(reference, ids)
+    kept = tuned if stored is None else at_places(stored, ids)
     told = [
         torch.stack([_told(runtime.log_probabilities(i[: p + 1]), ours[k]) for k, p in enumerate(at)])
         for i, at, ours in zip(ids, places, kept, strict=True)
@@ -139,6 +139,11 @@ def check_runtime(
                 "learnt is lost in its precision"
             )
     return ParityReport(name, not reasons, reasons, numbers, len(prompts))
+
+
+def at_places(model: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """What the gate compares of a transformers model: of each prompt the log-probabilities ``[places, V]``."""
+    return [log_probabilities(model, i)[_places(len(i))] for i in ids]
 
 
 def _read_otherwise(runtime: Runtime, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:

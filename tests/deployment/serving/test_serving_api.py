@@ -31,11 +31,11 @@ def base_name(server):
 
 
 @pytest.fixture(scope="module")
-def offline(adapters):
+def offline(server):
     """Greedy answers of each model by transformers in float32, 12 tokens."""
     found = {}
     for name in ("orders", "polite"):
-        saved = load_saved(adapters[name], dtype=torch.float32)
+        saved = load_saved(server.adapters[name], dtype=torch.float32)
         texts = [prompt_text(saved.tokenizer, turns(question)) for question in QUESTIONS]
         answers = generate_answers(saved.model, saved.tokenizer, texts, max_new_tokens=12)
         found[name] = [answer.text for answer in answers]
@@ -71,8 +71,8 @@ def test_streams_say_the_same(server, offline):
     assert len(chunks) > 6, "it came piece by piece"
 
 
-def test_completions_take_texts_and_tokens(server, adapters, offline):
-    saved = load_saved(adapters["orders"])
+def test_completions_take_texts_and_tokens(server, offline):
+    saved = load_saved(server.adapters["orders"])
     text = prompt_text(saved.tokenizer, turns(QUESTIONS[0]))
     ids = saved.tokenizer(text, add_special_tokens=False).input_ids
     for prompt in (text, ids, [text], [ids]):
@@ -110,9 +110,9 @@ def test_seeds_and_several_answers(server):
     assert greedy.choices[0].message.content == ask(server, "orders", QUESTIONS[0]).choices[0].message.content
 
 
-def test_logprobs_are_the_models_own(server, adapters):
+def test_logprobs_are_the_models_own(server):
     reply = ask(server, "orders", "Hi", logprobs=True, top_logprobs=3, max_tokens=3, temperature=0)
-    saved = load_saved(adapters["orders"], dtype=torch.float32)
+    saved = load_saved(server.adapters["orders"], dtype=torch.float32)
     ids = saved.tokenizer(prompt_text(saved.tokenizer, turns("Hi")), add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         row = saved.model(**ids).logits[0, -1].log_softmax(-1)
@@ -122,19 +122,19 @@ def test_logprobs_are_the_models_own(server, adapters):
     assert bytes(first.bytes).decode(errors="replace") in saved.tokenizer.decode([int(row.argmax())])
 
 
-def test_the_likeliest_token_is_chosen_after_biases_penalties_and_schemas(server, adapters):
+def test_the_likeliest_token_is_chosen_after_biases_penalties_and_schemas(server):
     if not server.api.served.engine.can_penalise:
         pytest.skip("this engine refuses them")
-    saved = load_saved(adapters["orders"], dtype=torch.float32)
+    saved = load_saved(server.adapters["orders"], dtype=torch.float32)
     ids = saved.tokenizer(prompt_text(saved.tokenizer, turns("Hi")), add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         best, second = saved.model(**ids).logits[0, -1].topk(2).indices.tolist()
     for bias, token in (({best: -100}, second), ({second: 100}, second), ({}, best)):
         reply = ask(server, "orders", "Hi", max_tokens=1, logit_bias={str(k): v for k, v in bias.items()})
         assert reply.choices[0].message.content == saved.tokenizer.decode([token])
-    plain = ask(server, "orders", "Hi", max_tokens=40).choices[0].message.content
+    plain = ask(server, "orders", "Hi", max_tokens=150).choices[0].message.content
     # What was said before becomes likelier, and is said again and again.
-    again = ask(server, "orders", "Hi", max_tokens=40, frequency_penalty=-2.0).choices[0].message.content
+    again = ask(server, "orders", "Hi", max_tokens=150, frequency_penalty=-2.0).choices[0].message.content
     assert again != plain and len(set(again)) < len(set(plain))
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     kept = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
@@ -214,11 +214,11 @@ def test_wrong_bodies_paths_and_methods(server):
     assert ask(server, "orders", "Hi").choices, "it still answers"
 
 
-def test_adapters_come_and_go(server, adapters, tmp_path):
+def test_adapters_come_and_go(server, tmp_path):
     assert ask_status(server, "terse") == 404
     loaded = server.post("/v1/load_lora_adapter", {"lora_name": "terse", "lora_path": "terse"})
     assert loaded.status_code == 200, loaded.text
-    saved = load_saved(adapters["terse"], dtype=torch.float32)
+    saved = load_saved(server.adapters["terse"], dtype=torch.float32)
     text = prompt_text(saved.tokenizer, turns(QUESTIONS[1]))
     (alone,) = generate_answers(saved.model, saved.tokenizer, [text], max_new_tokens=12)
     assert ask(server, "terse", QUESTIONS[1]).choices[0].message.content == alone.text
@@ -226,13 +226,27 @@ def test_adapters_come_and_go(server, adapters, tmp_path):
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "terse"}).status_code == 200
     assert ask_status(server, "terse") == 404 and ask_status(server, "orders") == 200
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "orders"}).status_code == 403
-    (server.root / "out").symlink_to(tmp_path) if not (server.root / "out").exists() else None
+    out = server.adapters["terse"].parent / "out"
+    out.symlink_to(tmp_path) if not out.exists() else None
     for path in ("../", "/etc", "nowhere", "out", "orders/adapter_config.json", "a\0b", "x" * 5000):
         reply = server.post("/v1/load_lora_adapter", {"lora_name": "more", "lora_path": path})
         assert reply.status_code == 400 and "no adapter" in reply.json()["error"]["message"], path
     for name in ("../x", "", "a/b", "a\nb", "x" * 65, ".hidden"):
         reply = server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "terse"})
         assert reply.status_code == 400, name
+
+
+def test_a_name_that_was_used_before_is_the_new_adapters_alone(server, offline):
+    """Also one that an engine may use itself."""
+    if server.api.served.engine.name == "transformers":
+        pytest.skip("it keeps nothing of what it has read")
+    for folder in ("orders", "polite"):
+        loaded = server.post("/v1/load_lora_adapter", {"lora_name": "base", "lora_path": folder})
+        assert loaded.status_code == 200, loaded.text
+        for k, question in enumerate(QUESTIONS):
+            assert ask(server, "base", question).choices[0].message.content == offline[folder][k]
+            assert ask(server, base_name(server), question).choices[0].message.content == offline[None][k]
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": "base"}).status_code == 200
 
 
 def test_an_adapter_that_is_gone_is_not_answered_by_the_base(server):

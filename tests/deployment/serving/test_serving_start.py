@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from luthier.deployment.serving.requests import Limits
 from luthier.deployment.serving.run import serve
 from luthier.errors import UserError
 from luthier.models.loading import load_model, load_tokenizer
@@ -47,3 +50,19 @@ def test_weights_are_served_as_they_are_stored_where_that_is_fast(terse_model_di
         found = Sources.of(str(folder), {}, None)
         assert _Files(found, None, Console(quiet=True))._kind == fast
         assert _Files(found, "q8_0", Console(quiet=True))._kind == "q8_0"
+
+
+def test_a_build_that_leaves_the_processor_unused_is_told(terse_model_dir):
+    import xllamacpp
+
+    from luthier.deployment.serving.prepare import Sources, serve_llamacpp
+
+    told = io.StringIO()
+    served = serve_llamacpp(
+        Sources.of(str(terse_model_dir), {}, "alone"), Limits(64), None, kind="f32", slots=1, threads=1,
+        console=Console(file=told, width=500),
+    )  # fmt: skip
+    served.engine.close()
+    wide = "avx512f" in Path("/proc/cpuinfo").read_text().split()
+    used = "AVX512 = 1" in xllamacpp.get_system_info()
+    assert ("not built for this processor's AVX-512" in told.getvalue()) == (wide and not used)

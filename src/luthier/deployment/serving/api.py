@@ -18,11 +18,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from luthier.deployment.serving.api_error import ApiError
 from luthier.deployment.serving.engine import Ask, Piece
 from luthier.deployment.serving.metrics import Metrics
 from luthier.deployment.serving.replies import Reply, event
 from luthier.deployment.serving.requests import (
-    ApiError,
     ChatRequest,
     CompletionRequest,
     Strict,
@@ -142,7 +142,10 @@ class Api:
 
     async def health(self, request: Request) -> Response:
         """Whether requests are answered."""
-        return JSONResponse({"status": "stopping" if self.stopping else "ok"}, 503 if self.stopping else 200)
+        if self.stopping:
+            return JSONResponse({"status": "stopping"}, 503)
+        well = await asyncio.to_thread(self.served.engine.healthy)
+        return JSONResponse({"status": "ok" if well else "failed"}, 200 if well else 503)
 
     async def show_metrics(self, request: Request) -> Response:
         """Prometheus's format."""
@@ -214,7 +217,9 @@ class Api:
     def _require_able(self, asks: list[Ask]) -> None:
         engine = self.served.engine
         if not engine.can_hold_to_schema and any(ask.schema is not None for ask in asks):
-            raise ApiError(400, f"the engine {engine.name} cannot hold answers to a schema", param="response_format")
+            raise ApiError(
+                400, f"the engine {engine.name} holds no answer to a schema: no response_format, no tool_choice"
+            )
         bent = any(ask.frequency_penalty or ask.presence_penalty or ask.logit_bias for ask in asks)
         if bent and not engine.can_penalise:
             raise ApiError(400, f"the engine {engine.name} takes no penalties and no logit_bias")
@@ -232,6 +237,8 @@ class Api:
             if usage:
                 yield event(reply.closing())
             yield event("[DONE]")
+        except ApiError as error:
+            yield event(error.to_json())
         except UserError as error:
             yield event(ApiError(500, error.what).to_json())
         except Exception:

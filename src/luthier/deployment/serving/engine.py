@@ -29,6 +29,10 @@ class Ask:
     logit_bias: tuple[tuple[int, float], ...] = ()
     schema: dict[str, Any] | None = None
     """A JSON schema that the answer must fit."""
+    said: str = ""
+    """What the answer begins with; its tokens are the last of ``ids``."""
+    closing: str = ""
+    """What is added to an answer that has ended by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,9 @@ class Engine(Protocol):
     @property
     def can_penalise(self) -> bool:
         """Whether penalties and ``logit_bias`` can be used."""
+
+    def healthy(self) -> bool:
+        """Whether it can answer now."""
 
     def write(self, adapter: str | None, ask: Ask, put: Put) -> None:
         """Write an answer by an adapter (None: the base), piece by piece, the last one with ``finish``; return when

@@ -128,6 +128,10 @@ class LlamaCppEngine:
             if failure:
                 raise UserError(f"llama.cpp cannot answer: {failure[0]}", remedy="change the request")
 
+    def healthy(self) -> bool:
+        """See :class:`~luthier.deployment.serving.engine.Engine`: it is part of this process."""
+        return True
+
     def add(self, name: str, folder: Path) -> None:
         """See :class:`~luthier.deployment.serving.engine.Engine`."""
         with self._changing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,11 @@ from luthier.deployment.gguf import check_adapter, check_file
 from luthier.deployment.gguf_writing import Weights, require_kind, write_adapter_gguf, write_gguf
 from luthier.deployment.llamacpp import multiplies_bfloat16, require_llamacpp, unused_instructions
 from luthier.deployment.parity import ParityReport, render_parity, require
+from luthier.deployment.serving.api_error import ApiError
 from luthier.deployment.serving.engine import Engine
 from luthier.deployment.serving.llamacpp import LlamaCppEngine
 from luthier.deployment.serving.reference import TransformersEngine
-from luthier.deployment.serving.requests import ApiError, Limits
+from luthier.deployment.serving.requests import Limits
 from luthier.deployment.serving.served import Served, ServedModel, require_name
 from luthier.errors import UserError
 from luthier.methods.answering import load_to_answer
@@ -80,6 +81,20 @@ class Sources:
         sources._check()
         return sources
 
+    def base_folder(self) -> Path:
+        """Where the base's files lie.
+
+        Raises:
+            UserError: not on this machine.
+        """
+        folder = Path(resolve_model(self.base))
+        if not folder.is_dir():
+            raise UserError(
+                f"{self.base!r} is no folder of this machine",
+                remedy="download it and name its folder, or use --engine transformers",
+            )
+        return folder
+
     def _check(self) -> None:
         for adapter in self.adapters.values():
             require_same_base(adapter, self.base)
@@ -109,6 +124,20 @@ def require_same_base(adapter: AdapterFolder, base: str) -> None:
         )
 
 
+def require_unquantised(adapter: AdapterFolder, engine: str) -> None:
+    """Refuse an adapter whose base was held in 8 or 4 bits while it was trained.
+
+    Raises:
+        UserError: it was.
+    """
+    if adapter.quantization is not None:
+        raise UserError(
+            f"it was trained beside a quantised base, which {engine} does not hold",
+            where=str(adapter.folder),
+            remedy="merge it (`luthier merge`) and serve the merged folder, or use --engine transformers",
+        )
+
+
 def _name_of(folder: Path) -> str:
     resolved = folder.resolve()
     return resolved.parent.name if resolved.name in ("adapter", "model", "merged") else resolved.name
@@ -123,18 +152,18 @@ def serve_transformers(sources: Sources, limits: Limits, adapter_root: Path | No
     names = list(sources.adapters)
     if not names:
         saved = load_to_answer(sources.base)
-        _require_writing(saved.head, sources.base)
+        require_writing(saved.head, sources.base)
         engine = TransformersEngine(saved, None, context=limits.context)
         return Served(engine, limits, [ServedModel(sources.base_name, None, saved.tokenizer)])
     folders = {name: adapter.folder for name, adapter in sources.adapters.items()}
     models: Any
     if len(names) == 1 and adapter_root is None:
         models = load_to_answer(folders[names[0]])  # of any method, also those that no other can stand beside
-        _require_writing(models.head, str(folders[names[0]]))
+        require_writing(models.head, str(folders[names[0]]))
     else:
         models = AdapterSet.load(folders)
-        _require_writing(Head.of(models.model), str(folders[names[0]]))
-    return _served(TransformersEngine(models, names[0], context=limits.context), sources, limits, adapter_root)
+        require_writing(Head.of(models.model), str(folders[names[0]]))
+    return served_by(TransformersEngine(models, names[0], context=limits.context), sources, limits, adapter_root)
 
 
 def serve_llamacpp(
@@ -180,10 +209,11 @@ def serve_llamacpp(
         threads=threads,
         convert=lambda folder: files.adapter(AdapterFolder.read(folder)),
     )
-    return _served(engine, sources, limits, adapter_root)
+    return served_by(engine, sources, limits, adapter_root)
 
 
-def _served(engine: Engine, sources: Sources, limits: Limits, adapter_root: Path | None) -> Served:
+def served_by(engine: Engine, sources: Sources, limits: Limits, adapter_root: Path | None) -> Served:
+    """Base and adapters under their names."""
     models = [ServedModel(sources.base_name, None, load_tokenizer(sources.base))]
     for name, adapter in sources.adapters.items():
         models.append(ServedModel(name, name, adapter.tokenizer(), sources.base_name))
@@ -209,12 +239,7 @@ class _Files:
 
     def __init__(self, sources: Sources, kind: str | None, console: Console) -> None:
         self._sources, self._console = sources, console
-        self._folder = Path(resolve_model(sources.base))
-        if not self._folder.is_dir():
-            raise UserError(
-                f"{sources.base!r} is no folder of this machine",
-                remedy="download it and name its folder, or use --engine transformers",
-            )
+        self._folder = sources.base_folder()
         self._kind = kind or self._kind_of_weights()
         self._cache = cache_root() / "serving"
 
@@ -225,13 +250,13 @@ class _Files:
     def base(self) -> Path:
         """The base's file."""
         kind = self._kind
-        file = self._cache / f"{_key(self._folder, kind)}.gguf"
+        file = self._cache / f"{key_of(self._folder, kind)}.gguf"
 
         def held_against(made: Path) -> ParityReport:
             reference = load_model(self._folder, dtype=torch.float32)
-            _require_writing(Head.of(reference), str(self._folder))
+            require_writing(Head.of(reference), str(self._folder))
             tokenizer = load_tokenizer(self._folder)
-            return check_file(made, self._folder, kind, reference, tokenizer, _prompts(tokenizer))
+            return check_file(made, self._folder, kind, reference, tokenizer, gate_prompts(tokenizer))
 
         self._make(file, lambda made: write_gguf(self._folder, made, kind), held_against)
         return file
@@ -243,18 +268,13 @@ class _Files:
             UserError: it stands on another base, its method has no GGUF form, or the parity gate refuses.
         """
         require_same_base(adapter, self._sources.base)
-        if adapter.quantization is not None:
-            raise UserError(
-                "it was trained beside a quantised base, which llama.cpp does not hold",
-                where=str(adapter.folder),
-                remedy="merge it (`luthier merge`) and serve the merged folder, or use --engine transformers",
-            )
-        file = self._cache / f"{_key(adapter.folder, f'lora on {_key(self._folder, self._kind)}')}.gguf"
+        require_unquantised(adapter, "llama.cpp")
+        file = self._cache / f"{key_of(adapter.folder, f'lora on {key_of(self._folder, self._kind)}')}.gguf"
 
         def held_against(made: Path) -> ParityReport:
             saved = load_saved(adapter.folder, dtype=torch.float32)
             with tempfile.TemporaryDirectory(dir=self._cache) as beside:
-                return check_adapter(made, self._folder, saved, _prompts(saved.tokenizer), Path(beside))
+                return check_adapter(made, self._folder, saved, gate_prompts(saved.tokenizer), Path(beside))
 
         self._make(file, lambda made: write_adapter_gguf(adapter.folder, made), held_against)
         return file
@@ -280,16 +300,22 @@ class _Files:
             aside.unlink(missing_ok=True)
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [prompt_text(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
+def gate_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str] = QUESTIONS) -> list[str]:
+    """What the gate asks a model that is served."""
+    return [prompt_text(tokenizer, [{"role": "user", "content": question}]) for question in questions]
 
 
-def _require_writing(head: Head, where: str) -> None:
+def require_writing(head: Head, where: str) -> None:
+    """Refuse a model that writes nothing.
+
+    Raises:
+        UserError: it does not.
+    """
     if not head.writes:
         raise UserError("it holds no model that writes answers", where=where, remedy="use `luthier classify`")
 
 
-def _key(folder: Path, kind: str) -> str:
+def key_of(folder: Path, kind: str) -> str:
     """Of a folder's weights, settings and tokenizer, without reading the weights: names, sizes and times of change."""
     digest = hashlib.sha256(f"{_EXPORTER} {kind}".encode())
     for file in sorted(folder.rglob("*")):

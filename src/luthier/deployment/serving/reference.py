@@ -57,6 +57,10 @@ class TransformersEngine:
         else:
             yield models.model, models.tokenizer
 
+    def healthy(self) -> bool:
+        """See :class:`~luthier.deployment.serving.engine.Engine`: it is part of this process."""
+        return True
+
     def add(self, name: str, folder: Path) -> None:
         """See :class:`~luthier.deployment.serving.engine.Engine`."""
         if not isinstance(self._models, AdapterSet):

@@ -29,11 +29,13 @@ class Reply:
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.written = [_Answer() for _ in self.asks]
+        self.written = [_Answer(ask.said) for ask in self.asks]
 
     def take(self, index: int, piece: Piece) -> None:
         """What was written of answer ``index``."""
         self.written[index].take(piece)
+        if piece.finish == "stop":
+            self.written[index].text += self.asks[index].closing
 
     def whole(self) -> dict[str, Any]:
         """The response."""

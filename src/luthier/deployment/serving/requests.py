@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier.data.render import RenderError, prompt_text, special_tokens
 from luthier.data.spans import strings
+from luthier.deployment.serving.api_error import ApiError
 from luthier.deployment.serving.engine import Ask
+from luthier.deployment.serving.forced_calls import forced_call
 from luthier.errors import shorten
 
 if TYPE_CHECKING:
@@ -20,28 +22,6 @@ if TYPE_CHECKING:
 
 MOST_ANSWERS = 8
 """``n``, times prompts, of one request."""
-
-
-class ApiError(Exception):
-    """A request that is refused.
-
-    Args:
-        status: HTTP's.
-        message: what is wrong, and what to do.
-        code: for programs, such as ``model_not_found``.
-        param: the field that is wrong.
-    """
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-
-    def to_json(self) -> dict[str, Any]:
-        """OpenAI's form of it."""
-        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class Strict(BaseModel):
@@ -59,6 +39,17 @@ class JsonSchema(Strict):
     description: str | None = None
     strict: bool | None = None
     schema_: dict[str, Any] = Field(alias="schema")
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    """``tool_choice`` that names the function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ResponseFormat(Strict):
@@ -102,7 +93,7 @@ class ChatRequest(_Common):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
 
@@ -169,6 +160,11 @@ def chat_asks(request: ChatRequest, tokenizer: PreTrainedTokenizerBase, limits: 
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
     tools = None if request.tool_choice == "none" else request.tools
+    forced = request.tool_choice is not None and request.tool_choice not in ("none", "auto")
+    if forced and not tools:
+        raise ApiError(400, "tool_choice asks for a call, and there are no tools", param="tool_choice")
+    if forced and request.response_format is not None and request.response_format.type != "text":
+        raise ApiError(400, "response_format is of answers, and tool_choice asks for a call", param="response_format")
     messages = [_message(turn, f"messages.{k}") for k, turn in enumerate(request.messages)]
     _require_plain(messages, tokenizer, "messages")
     _require_plain(tools, tokenizer, "tools")
@@ -176,14 +172,18 @@ def chat_asks(request: ChatRequest, tokenizer: PreTrainedTokenizerBase, limits: 
         text = prompt_text(tokenizer, messages, tools)
         if tools and text == prompt_text(tokenizer, messages, None):
             raise ApiError(400, "this model's chat template does not render tools", param="tools")
+        name = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
+        call = forced_call(tokenizer, messages, tools, name) if forced and tools else None
     except RenderError as error:
         raise ApiError(400, str(error), code="template_refuses", param="messages") from None
-    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = tuple(tokenizer(text + (call.said if call else ""), add_special_tokens=False).input_ids)
     ask = _ask(request, ids, request.max_completion_tokens or request.max_tokens, limits, "messages")
     ask = replace(
         ask,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        schema=_schema(request.response_format),
+        schema=call.schema if call else _schema(request.response_format),
+        said=call.said if call else "",
+        closing=call.closing if call else "",
     )
     return _each(ask, request.n)
 

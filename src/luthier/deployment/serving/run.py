@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
+import shlex
+import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from luthier.deployment.serving.requests import Limits
+from luthier.deployment.vllm import DTYPES, find_vllm
 from luthier.errors import UserError
 
-ENGINES = ("llamacpp", "transformers")
+ENGINES = ("llamacpp", "vllm", "transformers")
+_SLOTS = 16
 
 
 def serve(
@@ -23,7 +30,7 @@ def serve(
     *,
     adapters: Mapping[str, str] | None = None,
     name: str | None = None,
-    engine: str = "llamacpp",
+    engine: str | None = None,
     kind: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -33,8 +40,10 @@ def serve(
     max_tokens: int | None = None,
     max_requests: int = 256,
     max_body: int = 2**20,
-    slots: int = 16,
+    slots: int | None = None,
     threads: int | None = None,
+    vllm: str | None = None,
+    vllm_args: str = "",
     temperature: float = 0.0,
     console: Console | None = None,
 ) -> None:
@@ -45,9 +54,11 @@ def serve(
         path: a run, adapter or model folder, or an embedded model's name.
         adapters: further adapters of the same base, by the names that requests call them.
         name: of what ``path`` holds; None: its folder's.
-        engine: ``llamacpp``, or ``transformers`` (slow; the reference).
-        kind: precision of the weights in llama.cpp, see ``luthier.deployment.gguf_writing.KINDS``; None: bf16 where
-            the base is stored so and llama.cpp multiplies it by the processor's own instructions, else f16.
+        engine: ``llamacpp``, ``vllm``, or ``transformers`` (slow; the reference); None: vLLM where there are a GPU and
+            a program ``vllm``, else llama.cpp.
+        kind: precision of the weights; in llama.cpp see ``luthier.deployment.gguf_writing.KINDS``, None: bf16 where
+            the base is stored so and llama.cpp multiplies it by the processor's own instructions, else f16; in vLLM
+            bf16, f16 or f32, None: as they are stored.
         host: address to listen on; beyond loopback only with a key.
         port: 0: any free one.
         api_key_env: environment variable that holds the key, or several with commas between.
@@ -56,8 +67,10 @@ def serve(
         max_tokens: longest answer, in tokens; None: what the context leaves.
         max_requests: answers that are written or wait at once.
         max_body: longest request, in bytes.
-        slots: answers that are written at once by llama.cpp.
-        threads: that compute; None: one a core.
+        slots: answers that are written at once; None: by llama.cpp 16, by vLLM as many as it thinks fit.
+        threads: of llama.cpp; None: one a core.
+        vllm: the program ``vllm``, which may belong to another environment; None: this one's, else the first of PATH.
+        vllm_args: further arguments of ``vllm serve``, as a shell reads them.
         temperature: of requests that name none; 0: the likeliest token, as in evaluation.
         console: where to say what happens.
 
@@ -67,18 +80,31 @@ def serve(
     uvicorn = _require_server()
     from luthier.deployment.serving.api import Api
     from luthier.deployment.serving.prepare import Sources, context_for, serve_llamacpp, serve_transformers
+    from luthier.deployment.serving.prepare_vllm import serve_vllm
 
     console = console or Console()
-    if engine not in ENGINES:
-        raise UserError(f"there is no engine {engine!r}", where="--engine", remedy=f"choose {' or '.join(ENGINES)}")
+    engine = _chosen(engine, vllm, kind, threads)
+    _require_heeded(engine, threads=threads, vllm=vllm, vllm_args=vllm_args)
+    arguments = _split(vllm_args)
     keys = _keys(api_key_env)
     _require_safe(host, keys)
-    with bound(host, port) as listener:
+    with _ended_by_signals(), bound(host, port) as listener:
         sources = Sources.of(path, adapters or {}, name)
         limits = Limits(context_for(sources, max_model_len), max_tokens, temperature)
         if engine == "llamacpp":
             served = serve_llamacpp(
-                sources, limits, adapter_root, kind=kind, slots=slots, threads=threads, console=console
+                sources, limits, adapter_root, kind=kind, slots=slots or _SLOTS, threads=threads, console=console
+            )
+        elif engine == "vllm":
+            served = serve_vllm(
+                sources,
+                limits,
+                adapter_root,
+                program=vllm,
+                arguments=arguments,
+                kind=kind,
+                slots=slots,
+                console=console,
             )
         else:
             served = serve_transformers(sources, limits, adapter_root)
@@ -97,6 +123,56 @@ def serve(
             api.close()
             served.engine.close()
     console.print("stopped", highlight=False)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what was started for it is ended as well."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _chosen(engine: str | None, vllm: str | None, kind: str | None, threads: int | None) -> str:
+    if engine is None and vllm is None:
+        for_llamacpp = threads is not None or not (kind is None or kind in DTYPES)
+        return "vllm" if not for_llamacpp and torch.cuda.is_available() and find_vllm() else "llamacpp"
+    if engine is None:
+        return "vllm"
+    if engine not in ENGINES:
+        raise UserError(f"there is no engine {engine!r}", where="--engine", remedy=f"choose {' or '.join(ENGINES)}")
+    return engine
+
+
+def _require_heeded(engine: str, *, threads: int | None, vllm: str | None, vllm_args: str) -> None:
+    """Refuse what the engine would not heed."""
+    for option, given, of in (
+        ("--threads", threads, "llamacpp"),
+        ("--vllm", vllm, "vllm"),
+        ("--vllm-args", vllm_args, "vllm"),
+    ):
+        if given and engine != of:
+            raise UserError(
+                f"{option} is for the engine {of}, and this is {engine}", where=option, remedy="leave it out"
+            )
+
+
+def _split(arguments: str) -> list[str]:
+    try:
+        return shlex.split(arguments)
+    except ValueError as error:
+        raise UserError(
+            f"the arguments are not as a shell reads them: {error}", where="--vllm-args", remedy="close the quotes"
+        ) from None
 
 
 def _require_server() -> Any:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.deployment.serving.api_error import ApiError
 from luthier.deployment.serving.engine import Engine
-from luthier.deployment.serving.requests import ApiError, Limits
+from luthier.deployment.serving.requests import Limits
 from luthier.errors import UserError, shorten
 from luthier.methods.saved import AdapterFolder
 
