@@ -6,6 +6,7 @@ of each that departs it prints how much more likely, alone, the token was that i
 second of one client and of sixteen, and the ratio.
 
     python benchmarks/serving_load.py smollm2 --clients 64 --seconds 120
+    python benchmarks/serving_load.py smollm2 --vllm ~/vllm/bin/vllm
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ def crowd(clients: int, seconds: float, work) -> tuple[float, Counter]:
     return counts["tokens"] / (time.monotonic() - begun), counts
 
 
+def held(process: psutil.Process) -> int:
+    """Bytes of a process and of those that it has started."""
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -82,16 +88,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--kind", help="of weights; default: as luthier serve chooses")
     parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--vllm", help="its program: it is the engine then")
+    parser.add_argument("--vllm-args", help="further arguments of `vllm serve`")
     chosen = parser.parse_args()
-    command = [
-        sys.executable,
-        "-m",
-        "luthier.cli",
-        "serve",
-        chosen.model,
-        *(["--kind", chosen.kind] * bool(chosen.kind)),
-    ]
-    command += ["--port", str(chosen.port), *(f"--adapter={adapter}" for adapter in chosen.adapter)]
+    command = [sys.executable, "-m", "luthier.cli", "serve", chosen.model, "--port", str(chosen.port)]
+    for option in ("kind", "vllm", "vllm_args"):
+        if value := getattr(chosen, option):
+            command.append(f"--{option.replace('_', '-')}={value}")
+    command += [f"--adapter={adapter}" for adapter in chosen.adapter]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
             load(chosen, server.pid)
@@ -126,9 +130,9 @@ def load(chosen: argparse.Namespace, pid: int) -> None:
     process = psutil.Process(pid)
     one, _ = crowd(1, min(20, chosen.seconds), work)
     sixteen, _ = crowd(16, min(30, chosen.seconds), work)
-    before = process.memory_info().rss
+    before = held(process)
     many, counts = crowd(chosen.clients, chosen.seconds, work)
-    after = process.memory_info().rss
+    after = held(process)
     print(f"models {', '.join(models)}, {chosen.kind or 'default kind'}, {chosen.tokens} tokens an answer")
     print(f"tokens a second: 1 client {one:.1f}, 16 clients {sixteen:.1f} ({sixteen / one:.2f} times)")
     print(f"{chosen.clients} clients, {chosen.seconds:.0f} s: {many:.1f} tokens a second, {dict(counts)}")
