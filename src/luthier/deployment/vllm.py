@@ -189,7 +189,8 @@ class VllmServer:
 
     def _ended(self, before: str) -> UserError:
         errors = _ERROR.findall(self._log.read_text(encoding="utf-8", errors="replace"))
-        said = errors[-1].strip() if errors else f"exit code {self._process.poll()}"
+        code = self._process.poll()
+        said = errors[-1].strip() if errors else "its connection broke" if code is None else f"exit code {code}"
         return UserError(f"vLLM ended before {before}: {said}", remedy=f"its log says more: {self._kept_log()}")
 
     def _kept_log(self) -> Path:
@@ -221,8 +222,8 @@ class VllmServer:
         """What it answers, open; who leaves the block early ends the answer.
 
         Raises:
-            Refused: with its own words.
-        UserError: it has ended.
+            Refused: it refuses; the message holds its own words.
+            UserError: it has ended.
         """
         with contextlib.closing(SocketConnection(self._socket)) as connection:
             try:
