@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from pathlib import Path
 
 import pytest
-from live import running
+from live import VLLM, VLLM_ARGUMENTS, running
 from rich.console import Console
 from saved_adapters import tuned
 from tiny_models import tiny_llama
@@ -18,9 +16,6 @@ from luthier.deployment.serving.requests import Limits
 from luthier.deployment.vllm import find_vllm
 
 CONTEXT = 512
-VLLM = os.environ.get("LUTHIER_VLLM")
-"""The program, where it belongs to another environment."""
-VLLM_ARGUMENTS = shlex.split(os.environ.get("LUTHIER_VLLM_ARGS", ""))
 
 
 @pytest.fixture(scope="package")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import threading
 import time
 from contextlib import contextmanager
@@ -15,6 +17,10 @@ import uvicorn
 
 from luthier.deployment.serving.api import Api
 from luthier.deployment.serving.run import bound
+
+VLLM = os.environ.get("LUTHIER_VLLM")
+"""The program, where it belongs to another environment."""
+VLLM_ARGUMENTS = shlex.split(os.environ.get("LUTHIER_VLLM_ARGS", ""))
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 
 import openai
 import pytest
-from live import running
+from live import VLLM, VLLM_ARGUMENTS, running
 from rich.console import Console
 from template_families import family
 from tiny_models import tiny_llama
@@ -15,7 +15,9 @@ from luthier.data.render import end_of_turn, prompt_text, template_text
 from luthier.deployment.serving.api_error import ApiError
 from luthier.deployment.serving.forced_calls import forced_call
 from luthier.deployment.serving.prepare import Sources, serve_llamacpp, serve_transformers
+from luthier.deployment.serving.prepare_vllm import serve_vllm
 from luthier.deployment.serving.requests import Limits
+from luthier.deployment.vllm import find_vllm
 from luthier.evaluation.metrics.tools import written_calls
 
 ASKED = [{"role": "user", "content": "How is the weather in Oslo?"}]
@@ -80,16 +82,22 @@ def test_what_cannot_be_forced_is_told(tokenizer, template, tools, name, told):
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """A random model that knows tools by its template."""
-    return tiny_llama(tmp_path_factory.mktemp("tools"), family(tokenizer, "hermes"))
+    """A random model that knows tools by its template, with heads of 32, the smallest that vLLM computes."""
+    return tiny_llama(tmp_path_factory.mktemp("tools"), family(tokenizer, "hermes"), hidden=128)
 
 
-@pytest.fixture(scope="module")
-def server(folder):
-    found = Sources.of(str(folder), {}, "caller")
-    with running(
-        serve_llamacpp(found, Limits(1024), None, kind="f32", slots=4, threads=1, console=Console(quiet=True))
-    ) as live:
+@pytest.fixture(scope="module", params=["llamacpp", "vllm"])
+def server(request, folder):
+    found, limits, console = Sources.of(str(folder), {}, "caller"), Limits(1024), Console(quiet=True)
+    if request.param == "vllm":
+        if find_vllm(VLLM) is None:
+            pytest.skip("vLLM is not installed")
+        served = serve_vllm(
+            found, limits, None, program=VLLM, arguments=VLLM_ARGUMENTS, kind="f32", slots=4, console=console
+        )
+    else:
+        served = serve_llamacpp(found, limits, None, kind="f32", slots=4, threads=1, console=console)
+    with running(served) as live:
         yield live
 
 

@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import VLLM, VLLM_ARGUMENTS
-from live import running
+from live import VLLM, VLLM_ARGUMENTS, running
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from saved_adapters import tuned
