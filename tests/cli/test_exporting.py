@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -60,13 +61,20 @@ def test_safetensors_are_the_merged_model(luthier, run, tmp_path):
         torch.testing.assert_close(merged, load_saved(run).model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_is_served_beside_its_base(luthier, run, terse_model_dir):
+def test_an_adapter_is_served_beside_its_base(luthier, run, terse_model_dir, tmp_path):
     code, out, err = luthier("export", run, "--format", "safetensors", "--adapter")
     assert code == 0, err
     said = command(out, "vLLM")
     assert said[:4] == ["vllm", "serve", str(terse_model_dir), "--enable-lora"]
     assert f"tuned={run}" in said and said[-2:] == ["--max-lora-rank", "8"]
     assert not (run / "safetensors").exists()
+    # vLLM reads one rank and one scale for all layers.
+    uneven = tmp_path / "uneven"
+    shutil.copytree(run, uneven)
+    (config,) = uneven.rglob("adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"alpha_pattern": {"layers.0.q_proj": 2}}))
+    code, _, err = luthier("export", uneven, "--format", "safetensors", "--adapter")
+    assert code != 0 and "alpha_pattern" in err
 
 
 @pytest.mark.parametrize(

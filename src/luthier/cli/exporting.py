@@ -118,17 +118,16 @@ def _safetensors(run: Path, output: Path, adapter: bool, console: Console) -> No
     from luthier.finished import model_to_serve
 
     if adapter:
-        from luthier.deployment.gguf_writing import require_plain_lora
+        from luthier.deployment.vllm import lora_rank, room_for_rank
         from luthier.methods.saved import AdapterFolder
 
         read = AdapterFolder.read(run)
-        require_plain_lora(read)
+        rank = room_for_rank(lora_rank(read))
         base, lora = shlex.quote(read.base_name), shlex.quote(str(read.folder))
-        rank = max([int(read.config["r"]), *map(int, (read.config.get("rank_pattern") or {}).values())])
         _say(
             console,
             f"the adapter is served as it is, as the model `tuned`, beside its base {read.base_name}:",
-            f"vLLM:    vllm serve {base} --enable-lora --lora-modules tuned={lora} --max-lora-rank {_vllm_rank(rank)}",
+            f"vLLM:    vllm serve {base} --enable-lora --lora-modules tuned={lora} --max-lora-rank {rank}",
             f"SGLang:  python -m sglang.launch_server --model-path {base} --lora-paths tuned={lora}",
         )
         return
@@ -142,11 +141,6 @@ def _safetensors(run: Path, output: Path, adapter: bool, console: Console) -> No
         f"vLLM:    vllm serve {quoted}",
         f"SGLang:  python -m sglang.launch_server --model-path {quoted}",
     )
-
-
-def _vllm_rank(rank: int) -> int:
-    """vLLM makes room for adapters of these ranks."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
 def _sizes(sizes: Mapping[str, int]) -> Table:

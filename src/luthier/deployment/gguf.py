@@ -21,7 +21,7 @@ from luthier.deployment.merge import PROMPTS, claim, hand_over, plain_model, unt
 from luthier.deployment.ollama import modelfile
 from luthier.deployment.parity import ParityReport, distance, log_probabilities, require
 from luthier.deployment.rows import Rows, read_rows
-from luthier.deployment.runtimes import check_runtime
+from luthier.deployment.runtimes import check_runtime, stops_lost
 from luthier.deployment.tokens import token_ids
 from luthier.errors import UserError
 from luthier.evaluation.generation import stop_tokens
@@ -177,7 +177,7 @@ def check_file(
             stops=stops,
             name=f"GGUF {kind}",
         )
-        report.reasons += _weights_differ(report, folder, stored, kind) + _stops_lost(runtime, tokenizer, stops)
+        report.reasons += _weights_differ(report, folder, stored, kind) + stops_lost(runtime, tokenizer, stops)
     report.passed = not report.reasons
     return report
 
@@ -209,7 +209,7 @@ def check_adapter(lora: Path, folder: Path, saved: SavedModel, prompts: Sequence
                 stops=stops,
                 name="GGUF LoRA",
             )
-            report.reasons += _stops_lost(runtime, saved.tokenizer, stops)
+            report.reasons += stops_lost(runtime, saved.tokenizer, stops)
     finally:
         fine.unlink()
     report.passed = not report.reasons
@@ -348,8 +348,3 @@ def _weights_differ(report: ParityReport, folder: Path, stored: Any, kind: str) 
             )
     report.numbers["weights_apart"] = worst
     return reasons[:3]
-
-
-def _stops_lost(runtime: LlamaCppRuntime, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[str]:
-    lost = [tokenizer.convert_ids_to_tokens(stop) for stop in stops if not runtime.ends_at(stop)]
-    return [f"llama.cpp does not stop at {', '.join(map(repr, lost))}, which ends an answer"] if lost else []

@@ -351,6 +351,20 @@ def require_plain_lora(adapter: AdapterFolder) -> None:
             )
 
 
+def require_unquantised(adapter: AdapterFolder, engine: str) -> None:
+    """Refuse an adapter whose base was held in 8 or 4 bits while it was trained.
+
+    Raises:
+        UserError: it was.
+    """
+    if adapter.quantization is not None:
+        raise UserError(
+            f"it was trained beside a quantised base, which {engine} does not hold",
+            where=str(adapter.folder),
+            remedy="merge it and serve the merged folder, or use `luthier serve --engine transformers`",
+        )
+
+
 def _lora_tensors(adapter: AdapterFolder, family: Family, config: Any, alpha: float) -> Iterator[_Tensor]:
     names = _name_map(family, config)
     heads, key_heads, _ = heads_of(config)

@@ -59,6 +59,17 @@ class Runtime(Protocol):
         """The likeliest continuation, by tokens, up to and without a stop token."""
 
 
+class Stopping(Protocol):
+    """A program that can be asked where answers end."""
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer ends at a token."""
+
+
 def check_runtime(
     reference: Any,
     runtime: Runtime,
@@ -139,6 +150,12 @@ def check_runtime(
                 "learnt is lost in its precision"
             )
     return ParityReport(name, not reasons, reasons, numbers, len(prompts))
+
+
+def stops_lost(runtime: Stopping, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[str]:
+    """Whether a program goes on behind a token that ends an answer, as a reason."""
+    lost = [tokenizer.convert_ids_to_tokens(stop) for stop in stops if not runtime.ends_at(stop)]
+    return [f"{runtime.name} does not stop at {', '.join(map(repr, lost))}, which ends an answer"] if lost else []
 
 
 def at_places(model: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:

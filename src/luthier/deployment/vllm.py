@@ -7,8 +7,6 @@ of its own, and it is asked over HTTP, the interface that stays from release to 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import json
 import os
 import re
@@ -18,16 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from luthier.deployment.gguf_writing import require_plain_lora, require_unquantised
+from luthier.deployment.serving.engine import MOST_STOPS
 from luthier.deployment.unix_http import SocketConnection
 from luthier.errors import UserError
+from luthier.methods.saved import AdapterFolder
 from luthier.runfolder import cache_root
+from luthier.training.processes import ending_with_parent
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 """vLLM's names of the kinds of weights that it serves."""
@@ -38,13 +40,10 @@ _SURELY = 100.0
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _PATIENCE = 60.0
 """Seconds in which vLLM may end by itself."""
-MOST_STOPS = 16
-"""Texts that may end one answer."""
 MOST_ADAPTERS = 256
 """That are held in memory. vLLM would read one more from its folder when it is asked, whatever lies there then."""
 _OURS = ("uds", "host", "port", "grpc", "headless", "served-model-name", "api-key", "enable-lora", "lora-modules")
 """Arguments of ``vllm serve`` by which nobody but this object could reach it, or others could."""
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _ERROR = re.compile(r"\b(?:\w+(?:Error|Exception)|error): (?!Engine core init|.*See root cause above)(.+)")
 
 
@@ -99,6 +98,24 @@ def require_arguments(arguments: Sequence[str]) -> None:
                 where="--vllm-args",
                 remedy="leave it out; what clients reach is set by luthier serve's own options",
             )
+
+
+def lora_rank(adapter: AdapterFolder) -> int:
+    """The rank of an adapter that vLLM can hold beside its base.
+
+    Raises:
+        UserError: it is no plain LoRA of one rank and one scale.
+    """
+    require_unquantised(adapter, "vLLM")
+    require_plain_lora(adapter)
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if adapter.config.get(pattern):
+            raise UserError(
+                f"its layers differ in rank or scale ({pattern}), which vLLM does not heed",
+                where=str(adapter.folder),
+                remedy="merge it (`luthier merge`) and serve the merged folder",
+            )
+    return int(adapter.config["r"])
 
 
 def room_for_rank(rank: int) -> int:
@@ -163,7 +180,7 @@ class VllmServer:
                     stderr=subprocess.STDOUT,
                     env=_environment(adapters=bool(rank)),
                     start_new_session=True,  # Ctrl-C is for this process, which lets answers under way end first
-                    preexec_fn=_ending_with_parent(),
+                    preexec_fn=ending_with_parent() if sys.platform.startswith("linux") else None,
                 )
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -302,13 +319,6 @@ def _environment(*, adapters: bool) -> dict[str, str]:
     return kept | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapters else {})
 
 
-def _ending_with_parent() -> Callable[[], Any] | None:
-    """What the new process does first: it asks the kernel for SIGTERM when this one is gone."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return functools.partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-
 def _reason(told: bytes) -> str:
     """The words of an error in OpenAI's form."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
@@ -351,7 +361,7 @@ class VllmRuntime:
         """See :class:`~luthier.deployment.runtimes.Runtime`."""
         told = self._complete(ids, max_new_tokens, stop_token_ids=self._stops)
         answer = [int(token) for token in told["token_ids"]]
-        return answer[:-1] if told["finish_reason"] == "stop" and answer[-1:] and answer[-1] in self._stops else answer
+        return answer[:-1] if answer and answer[-1] in self._stops else answer
 
     def ends_at(self, token: int) -> bool:
         """Whether an answer ends at a token: it is made the likeliest one, and must be the last."""

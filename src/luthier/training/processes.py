@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -298,12 +299,17 @@ def _tcp_store(host: str, port: int, *, is_master: bool) -> Any:
     return torch.distributed.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=_STORE_PATIENCE)
 
 
+def ending_with_parent() -> Callable[[], Any]:
+    """What a process on Linux does to get SIGTERM from the kernel when its parent is gone."""
+    return functools.partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
 def _end_with_launcher() -> None:
     """Ask the kernel for SIGTERM when `luthier train --nproc` is killed: nobody else would end this process."""
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    ending_with_parent()()
     if os.getppid() != int(launcher):
         sys.exit(128 + signal.SIGTERM)
 

@@ -142,6 +142,26 @@ def test_the_likeliest_token_is_chosen_after_biases_penalties_and_schemas(server
     assert re.match(r'\s*\{\s*"a"', said)  # a random model may fill the rest with white space
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"type": "object", "properties": {"a": {"type": "strin"}}},
+        {"$ref": "#/$defs/Nobody"},
+        {"type": "string", "pattern": "("},
+        {"type": "string", "pattern": "(?=a)b"},
+        {"not": {"type": "string"}},
+    ],
+)
+def test_a_schema_that_cannot_be_kept_is_refused(server, schema):
+    """Not passed over: llama.cpp with llguidance would write freely."""
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    asked = {"model": "orders", "messages": turns("Hi"), "max_tokens": 4, "response_format": form}
+    for stream in (False, True):
+        reply = server.post("/v1/chat/completions", asked | {"stream": stream})
+        assert reply.status_code == 400 and "held to this schema" in reply.json()["error"]["message"]
+
+
 def test_models_health_and_metrics(server):
     assert [model.id for model in server.client().models.list()] == [base_name(server), "orders", "polite"]
     assert server.client().models.retrieve("polite").parent == base_name(server)

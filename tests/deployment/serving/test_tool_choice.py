@@ -181,15 +181,12 @@ def test_an_answer_that_was_cut_calls_nothing(server):
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
         ({"tool_choice": {"type": "function", "function": {"name": "map"}}}, "'map'"),
         ({"tool_choice": "always"}, "tool_choice"),
+        ({"tools": [tool("f", a={"type": "strin"})], "tool_choice": "required"}, "held to this schema"),
     ],
 )
 def test_wrong_choices_are_told(server, change, told):
     with pytest.raises(openai.BadRequestError, match=told):
-        ask(
-            server,
-            **{key: value for key, value in change.items() if value is not None}
-            | ({"tools": openai.NOT_GIVEN} if "tools" in change else {}),
-        )
+        ask(server, **{key: openai.NOT_GIVEN if value is None else value for key, value in change.items()})
 
 
 def test_an_engine_that_holds_to_no_schema_says_so(folder):

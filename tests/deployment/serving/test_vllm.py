@@ -25,7 +25,7 @@ from tiny_models import tiny_llama
 from luthier.deployment.serving.prepare import Sources
 from luthier.deployment.serving.prepare_vllm import _Gate, serve_vllm
 from luthier.deployment.serving.requests import Limits
-from luthier.deployment.serving.run import serve
+from luthier.deployment.serving.run import _chosen, serve
 from luthier.deployment.vllm import VllmServer, find_vllm, require_vllm, room_for_rank
 from luthier.errors import UserError
 
@@ -135,6 +135,22 @@ def test_what_vllm_cannot_hold_is_told(tiny_model_dir, adapters, tmp_path):
             serve(**{"path": str(adapters["orders"]), "port": 0, "vllm": there} | change)
 
 
+def test_vllm_is_the_engine_where_there_are_a_gpu_and_its_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        for there in (False, True):
+            if there:
+                program(tmp_path, "exit 0")
+            assert _chosen(None, None, None, None) == ("vllm" if gpu and there else "llamacpp")
+            assert _chosen(None, None, "bf16", None) == ("vllm" if gpu and there else "llamacpp")
+            # What llama.cpp alone heeds is asked for.
+            assert _chosen(None, None, "q8_0", None) == _chosen(None, None, None, 4) == "llamacpp"
+        (tmp_path / "vllm").unlink()
+    assert _chosen(None, "/some/vllm", None, None) == _chosen("vllm", None, None, None) == "vllm"
+
+
 def test_ranks_have_room():
     assert [room_for_rank(rank) for rank in (1, 8, 9, 64, 65, 512)] == [8, 8, 16, 64, 128, 512]
 
@@ -194,9 +210,9 @@ def test_a_vllm_that_has_gone_is_told(base):
     with running(served) as live:
         assert live.get("/health").json() == {"status": "ok"}
         asked = {"model": "alone", "messages": [{"role": "user", "content": "Hi"}]}
-        odd = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}
-        refused = live.post("/v1/chat/completions", asked | {"response_format": odd})
-        assert refused.status_code == 400 and "nonsense" in refused.text, "vLLM's own reason"
+        unknown = {"model": "alone", "prompt": [1, 2], "logit_bias": {"999999": 1}}
+        refused = live.post("/v1/completions", unknown)
+        assert refused.status_code == 400 and "vLLM refuses" in refused.text and "999999" in refused.text
         stops = [f"stop {number}" for number in range(16)]
         assert live.post("/v1/chat/completions", asked | {"stop": stops, "max_tokens": 2}).status_code == 200
         os.killpg(vllm._process.pid, signal.SIGKILL)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_STOPS = 16
+"""Texts that may end one answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,12 @@ class Told:
     bytes: tuple[int, ...]
     logprob: float
     top: tuple[Told, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, token: int, logprob: float, top: tuple[Told, ...] = ()) -> Told:
+        """A token that an engine tells by its id."""
+        text = str(tokenizer.decode([token]))
+        return cls(text, tuple(text.encode()), logprob, top)
 
 
 @dataclass(slots=True)
@@ -88,6 +100,7 @@ class Engine(Protocol):
         it has ended or nobody wants it.
 
         Raises:
+            ApiError: what the request asks for cannot be had.
             UserError: it cannot be written.
         """
 

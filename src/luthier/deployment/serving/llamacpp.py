@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.deployment.llamacpp import require_llamacpp
+from luthier.deployment.serving.api_error import ApiError
 from luthier.deployment.serving.engine import Ask, Piece, Put, Told
 from luthier.errors import UserError
 
@@ -114,19 +115,22 @@ class LlamaCppEngine:
                 raise UserError(f"the adapter {adapter!r} was unloaded", remedy="load it again")
             # All are named: of those that are not, llama.cpp takes what the last answer in the same place had.
             chosen = [{"id": k, "scale": float(name == adapter)} for name, k in loaded.numbers.items()]
-            failure: list[str] = []
+            failure: list[dict[str, Any]] = []
 
             def take(chunk: dict[str, Any]) -> bool:
                 if "error" in chunk:
-                    failure.append(str(chunk["error"].get("message", chunk["error"])))
+                    failure.append(chunk["error"])
                     return True
                 return put(_piece(chunk, ask))
 
             answer = loaded.server.handle_completions(_request(ask, chosen), take)
             if isinstance(answer, dict) and "error" in answer:
-                failure.append(str(answer["error"].get("message", answer["error"])))
+                failure.append(answer["error"])
             if failure:
-                raise UserError(f"llama.cpp cannot answer: {failure[0]}", remedy="change the request")
+                said = f"llama.cpp cannot answer: {failure[0].get('message', failure[0])}"
+                if 400 <= int(failure[0].get("code", 500)) < 500:
+                    raise ApiError(400, said)
+                raise UserError(said, remedy="change the request")
 
     def healthy(self) -> bool:
         """See :class:`~luthier.deployment.serving.engine.Engine`: it is part of this process."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from luthier.data.render import prompt_text
 from luthier.deployment.adapters import AdapterSet
 from luthier.deployment.gguf import check_adapter, check_file
-from luthier.deployment.gguf_writing import Weights, require_kind, write_adapter_gguf, write_gguf
+from luthier.deployment.gguf_writing import Weights, require_kind, require_unquantised, write_adapter_gguf, write_gguf
 from luthier.deployment.llamacpp import multiplies_bfloat16, require_llamacpp, unused_instructions
 from luthier.deployment.parity import ParityReport, render_parity, require
 from luthier.deployment.serving.api_error import ApiError
@@ -121,20 +121,6 @@ def require_same_base(adapter: AdapterFolder, base: str) -> None:
             f"it was trained on {adapter.base_name!r}, not on {base!r}",
             where=str(adapter.folder),
             remedy="serve it by a server of its own",
-        )
-
-
-def require_unquantised(adapter: AdapterFolder, engine: str) -> None:
-    """Refuse an adapter whose base was held in 8 or 4 bits while it was trained.
-
-    Raises:
-        UserError: it was.
-    """
-    if adapter.quantization is not None:
-        raise UserError(
-            f"it was trained beside a quantised base, which {engine} does not hold",
-            where=str(adapter.folder),
-            remedy="merge it (`luthier merge`) and serve the merged folder, or use --engine transformers",
         )
 
 

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from luthier.deployment.gguf_writing import Weights, require_plain_lora
-from luthier.deployment.parity import ParityReport, distance, render_parity, require
-from luthier.deployment.runtimes import at_places, check_runtime
+from luthier.deployment.gguf_writing import Weights
+from luthier.deployment.parity import distance, render_parity, require
+from luthier.deployment.runtimes import at_places, check_runtime, stops_lost
 from luthier.deployment.serving.prepare import (
     QUESTIONS,
     Sources,
     gate_prompts,
     key_of,
     require_same_base,
-    require_unquantised,
     require_writing,
     served_by,
 )
@@ -29,7 +28,7 @@ from luthier.deployment.serving.requests import Limits
 from luthier.deployment.serving.served import Served
 from luthier.deployment.serving.vllm import VllmEngine
 from luthier.deployment.tokens import token_ids
-from luthier.deployment.vllm import DTYPES, VllmRuntime, VllmServer, require_arguments, require_vllm
+from luthier.deployment.vllm import DTYPES, VllmRuntime, VllmServer, lora_rank, require_arguments, require_vllm
 from luthier.errors import UserError
 from luthier.evaluation.generation import stop_tokens
 from luthier.methods.saved import AdapterFolder, load_saved
@@ -83,7 +82,7 @@ def serve_vllm(
     require_arguments(arguments)
     folder = sources.base_folder()
     dtype = _dtype(kind, folder)
-    ranks = [_rank_of(adapter) for adapter in sources.adapters.values()]
+    ranks = [lora_rank(adapter) for adapter in sources.adapters.values()]
     rank = max([*ranks, *([_LATER_RANK] if adapter_root else [])], default=0)
     console.print(f"starting vLLM in {dtype}", highlight=False)
     server = VllmServer(
@@ -116,24 +115,6 @@ def _dtype(kind: str | None, folder: Path) -> str:
             f"vLLM serves no weights of kind {kind}", where="--kind", remedy=f"choose {', '.join(DTYPES)}, or none"
         )
     return DTYPES[kind]
-
-
-def _rank_of(adapter: AdapterFolder) -> int:
-    """Of an adapter that vLLM can hold.
-
-    Raises:
-        UserError: it cannot.
-    """
-    require_unquantised(adapter, "vLLM")
-    require_plain_lora(adapter)
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        if adapter.config.get(pattern):
-            raise UserError(
-                f"its layers differ in rank or scale ({pattern}), which vLLM does not heed",
-                where=str(adapter.folder),
-                remedy="merge it (`luthier merge`) and serve the merged folder",
-            )
-    return int(adapter.config["r"])
 
 
 class _Gate:
@@ -173,7 +154,7 @@ class _Gate:
         """
         adapter = AdapterFolder.read(folder)
         require_same_base(adapter, self._sources.base)
-        _rank_of(adapter)
+        lora_rank(adapter)
         if len(adapter.tokenizer()) > len(load_tokenizer(self._folder)):
             raise UserError(
                 "it was trained with tokens that its base does not have",
@@ -215,7 +196,8 @@ class _Gate:
             stops=stops,
             name=f"vLLM {self._dtype}" + (f", adapter {folder}" if tuned else ""),
         )
-        _judge_stops(report, runtime, tokenizer, stops)
+        report.reasons += stops_lost(runtime, tokenizer, stops)
+        report.passed = not report.reasons
         self._console.print(render_parity(report))
         require(report)
         with writing(record):
@@ -241,10 +223,3 @@ class _Gate:
         if hasattr(rough, "merge_and_unload"):
             found.append(distance(plain, at_places(rough.merge_and_unload(), ids)))
         return {key: max(each[key] for each in found) for key in found[0]}
-
-
-def _judge_stops(report: ParityReport, runtime: VllmRuntime, tokenizer: Any, stops: Sequence[int]) -> None:
-    lost = [tokenizer.convert_ids_to_tokens(stop) for stop in stops if not runtime.ends_at(stop)]
-    if lost:
-        report.passed = False
-        report.reasons.append(f"vLLM does not stop at {', '.join(map(repr, lost))}, which ends an answer")

@@ -178,11 +178,8 @@ class _Writer:
         assert self.ask.logprobs is not None
         likely = scores.topk(self.ask.logprobs) if self.ask.logprobs else None
         top = [] if likely is None else zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-        return self._one(token, float(scores[token]), tuple(self._one(i, v) for i, v in top))
-
-    def _one(self, token: int, logprob: float, top: tuple[Told, ...] = ()) -> Told:
-        text = str(self.tokenizer.decode([token]))
-        return Told(text, tuple(text.encode()), logprob, top)
+        others = tuple(Told.of(self.tokenizer, i, v) for i, v in top)
+        return Told.of(self.tokenizer, token, float(scores[token]), others)
 
 
 def _open_end(text: str, stops: tuple[str, ...]) -> int:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from luthier.data.render import RenderError, prompt_text, special_tokens
 from luthier.data.spans import strings
 from luthier.deployment.serving.api_error import ApiError
-from luthier.deployment.serving.engine import Ask
+from luthier.deployment.serving.engine import MOST_STOPS, Ask
 from luthier.deployment.serving.forced_calls import forced_call
 from luthier.errors import shorten
 
@@ -176,12 +176,15 @@ def chat_asks(request: ChatRequest, tokenizer: PreTrainedTokenizerBase, limits: 
         call = forced_call(tokenizer, messages, tools, name) if forced and tools else None
     except RenderError as error:
         raise ApiError(400, str(error), code="template_refuses", param="messages") from None
+    schema = call.schema if call else _schema(request.response_format)
+    if schema is not None:
+        _require_holdable(schema, "tools" if call else "response_format.json_schema")
     ids = tuple(tokenizer(text + (call.said if call else ""), add_special_tokens=False).input_ids)
     ask = _ask(request, ids, request.max_completion_tokens or request.max_tokens, limits, "messages")
     ask = replace(
         ask,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        schema=call.schema if call else _schema(request.response_format),
+        schema=schema,
         said=call.said if call else "",
         closing=call.closing if call else "",
     )
@@ -251,8 +254,8 @@ def _each(ask: Ask, n: int) -> list[Ask]:
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > 16 or "" in stops:
-        raise ApiError(400, "stop is up to 16 texts, none of them empty", param="stop")
+    if len(stops) > MOST_STOPS or "" in stops:
+        raise ApiError(400, f"stop is up to {MOST_STOPS} texts, none of them empty", param="stop")
     return stops
 
 
@@ -273,6 +276,20 @@ def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     if wanted.json_schema is None:
         raise ApiError(400, "response_format json_schema needs the schema", param="response_format.json_schema")
     return wanted.json_schema.schema_
+
+
+def _require_holdable(schema: dict[str, Any], param: str) -> None:
+    """Refuse a schema that is none, or that llguidance cannot keep: llama.cpp, where it is built with it, then writes
+    freely and says nothing.
+
+    Raises:
+        ApiError: it is such.
+    """
+    from llguidance import LLMatcher
+
+    wrong = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    if wrong:
+        raise ApiError(400, f"no answer can be held to this schema: {' '.join(wrong.split())}", param=param)
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -177,6 +177,7 @@ def _split(arguments: str) -> list[str]:
 
 def _require_server() -> Any:
     try:
+        import llguidance  # noqa: F401
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn

@@ -127,12 +127,9 @@ class VllmEngine:
             if token_of(token) not in stops:
                 # The token that was taken stands among them, and is one too many where it is none of the likeliest.
                 likely = sorted(others.items(), key=lambda other: -other[1])[:top]
-                found.append(self._one(token, logprob, tuple(self._one(*other) for other in likely)))
+                told_others = tuple(Told.of(self._tokenizer, token_of(t), float(v)) for t, v in likely)
+                found.append(Told.of(self._tokenizer, token_of(token), float(logprob), told_others))
         return found
-
-    def _one(self, token: str, logprob: float, top: tuple[Told, ...] = ()) -> Told:
-        text = str(self._tokenizer.decode([token_of(token)]))
-        return Told(text, tuple(text.encode()), float(logprob), top)
 
 
 def _request(ask: Ask, model: str, stops: list[int]) -> dict[str, Any]:
