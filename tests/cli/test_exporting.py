@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,10 @@ def test_an_adapter_is_served_beside_its_base(luthier, run, terse_model_dir, tmp
     assert said[:4] == ["vllm", "serve", str(terse_model_dir), "--enable-lora"]
     assert f"tuned={run}" in said and said[-2:] == ["--max-lora-rank", "8"]
     assert not (run / "safetensors").exists()
+    embedded = tuned(tmp_path / "embedded", "smollm2", seed=0, size=0.1, r=4)
+    code, out, err = luthier("export", embedded, "--format", "safetensors", "--adapter")
+    assert code == 0, err
+    assert (Path(command(out, "vLLM")[2]) / "config.json").is_file(), "a name that vLLM can load"
     # vLLM reads one rank and one scale for all layers.
     uneven = tmp_path / "uneven"
     shutil.copytree(run, uneven)

@@ -120,10 +120,12 @@ def _safetensors(run: Path, output: Path, adapter: bool, console: Console) -> No
     if adapter:
         from luthier.deployment.vllm import lora_rank, room_for_rank
         from luthier.methods.saved import AdapterFolder
+        from luthier.models.loading import resolve_model
 
         read = AdapterFolder.read(run)
         rank = room_for_rank(lora_rank(read))
-        base, lora = shlex.quote(read.base_name), shlex.quote(str(read.folder))
+        # The embedded model's name says nothing to other programs; its folder does.
+        base, lora = shlex.quote(str(resolve_model(read.base_name))), shlex.quote(str(read.folder))
         _say(
             console,
             f"the adapter is served as it is, as the model `tuned`, beside its base {read.base_name}:",
